@@ -1,0 +1,67 @@
+"""`pikv generate`: text from a model through a compressed cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pikv_cli import options
+
+
+@options.verb
+def generate(
+    shared: options.Shared,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - or nothing reads stdin.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Model or run folder, or a hub id.")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="Which tokens stay or are read.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="0.5|512|64MiB", help="Share, tokens or bytes.")
+    ] = None,
+    allocation: Annotated[str | None, typer.Option(help="How the budget is spread over layers.")] = None,
+    codec: Annotated[str | None, typer.Option(help="How a stored token is represented.")] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Read the prompt from a file.")
+    ] = None,
+    prompts: Annotated[str | None, typer.Option(metavar="JSONL", help="Many prompts: key `prompt`.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Prompts at a time.")] = None,
+    chat: Annotated[bool | None, typer.Option("--chat", help="Wrap the prompt in the chat template.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample within this probability mass.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
+) -> None:
+    """Generate text: the completion streams on stdout, the report of bytes and speed goes to stderr."""
+    flags = {
+        "prompt": prompt,
+        "model": model,
+        "cache.policy": policy,
+        "cache.budget": options.listed(budget)[0] if budget else None,
+        "cache.allocation": allocation,
+        "cache.codec": codec,
+        "prompt_file": prompt_file,
+        "prompts": prompts,
+        "batch_size": batch_size,
+        "chat": chat,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    shared.run("generate", flags, _show)
+
+
+def _show(result: Any, folder: Path) -> None:
+    ratio = result.resident_bytes / result.full_bytes
+    typer.echo(
+        f"{result.policy}, {result.codec}, budget {result.budget}: {result.resident_bytes:,} bytes resident "
+        f"({ratio:.3f} of {result.full_bytes:,}), peak {result.peak_bytes:,}; "
+        f"{result.tokens_per_s:.1f} tokens/s, first token after {result.time_to_first_token_s:.3f} s "
+        f"({result.backend}); details: {folder}",
+        err=True,
+    )

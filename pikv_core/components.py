@@ -1,0 +1,105 @@
+"""Types of recipe fields that name a registered member: `h2o`, or `{name: h2o, heavy_share: 0.3}`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic_core import PydanticCustomError, core_schema
+
+from pikv_core.errors import UsageError, closest
+from pikv_core.registry import Registry
+
+
+@dataclass(frozen=True)
+class Component:
+    """A member of a registry, by name, with options of its class's typed fields."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def plain(self) -> Any:
+        return {"name": self.name, **self.options} if self.options else self.name
+
+
+@dataclass(frozen=True)
+class MemberOf:
+    """Mark a recipe field of type Component: `name` or `{name: ..., option: ...}` of a registry."""
+
+    registry: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self.validate, serialization=core_schema.plain_serializer_function_ser_schema(Component.plain)
+        )
+
+    def validate(self, value: Any) -> Component:
+        if isinstance(value, Component):
+            return value
+        registry = find_registry(self.registry)
+        options = dict(value) if isinstance(value, Mapping) else {"name": value}
+        name = options.pop("name", None)
+        if not isinstance(name, str):
+            raise PydanticCustomError(
+                "component", "{text}", {"text": f"expected the name of a {registry.kind}"}
+            )
+        component_check(registry, name)
+        if options:
+            check_options(registry[name], options, registry.kind)
+        return Component(name, options)
+
+
+@dataclass(frozen=True)
+class NameIn:
+    """Mark a recipe field of type str: a plain name known to the registry `module:NAME`."""
+
+    registry: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self.validate, handler(source))
+
+    def validate(self, name: str) -> str:
+        component_check(find_registry(self.registry), name)
+        return name
+
+
+def find_registry(path: str) -> Registry:
+    """Return the registry at `module:VARIABLE`."""
+    module, variable = path.split(":")
+    return getattr(importlib.import_module(module), variable)
+
+
+def check_options(member: Any, options: Mapping[str, Any], kind: str) -> None:
+    """Validate options against a member's typed fields, or raise pydantic's error."""
+    allowed = list(getattr(member, "__dataclass_fields__", {}))
+    unknown = [name for name in options if name not in allowed]
+    if unknown:
+        raise PydanticCustomError(
+            "component",
+            "{text}",
+            {
+                "text": "; ".join(
+                    f"{kind} '{member.name}' has no option '{name}'{closest(name, allowed)}"
+                    for name in unknown
+                )
+                + f"; it takes: {', '.join(allowed) or 'none'}"
+            },
+        )
+    TypeAdapter(member).validate_python(dict(options))
+
+
+def build(registry: Registry, component: Component) -> Any:
+    """Build the registered class from a component's options."""
+    return TypeAdapter(registry[component.name]).validate_python(dict(component.options))
+
+
+def component_check(registry: Registry, name: str) -> None:
+    """Raise pydantic's error where a name is not registered."""
+    try:
+        registry.check(name)
+    except UsageError as error:
+        text = f"{error.message}; {error.hint}"
+        raise PydanticCustomError("component", "{text}", {"text": text}) from None

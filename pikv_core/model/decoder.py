@@ -1,0 +1,154 @@
+"""The PiKV decoder: RMSNorm, rotary grouped-query attention, a mixture of experts in every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+
+from pikv_core.model.attention import PiKVAttention
+from pikv_core.model.config import PiKVConfig
+from pikv_core.model.masks import causal_mask
+from pikv_core.moe import create_moe
+from pikv_core.moe.experts import Experts
+from pikv_core.moe.layer import MoE
+from pikv_core.moe.routing import Routing
+
+
+@dataclass
+class PiKVModelOutput(MoeModelOutputWithPast):
+    """The decoder's output; aux_loss is the routers' weighted loss, the mean over the layers."""
+
+    aux_loss: Tensor | None = None
+
+
+class PiKVDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then experts, each on the normalised residual."""
+
+    def __init__(self, config: PiKVConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = PiKVAttention(config, layer_idx)
+        self.mlp = create_moe(
+            config.router,
+            config.hidden_size,
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.intermediate_size,
+            balance_weight=config.balance_loss,
+            z_weight=config.z_loss,
+        )
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, token_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Routing]:
+        out, attention = self.self_attn(self.input_layernorm(x), **kwargs)
+        x = x + out
+        out, routing = self.mlp(self.post_attention_layernorm(x), token_mask)
+        return x + out, attention, routing
+
+
+class PiKVPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know to load, split and run the decoder."""
+
+    config_class = PiKVConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PiKVDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, MoE):
+            init.normal_(module.gate.weight, mean=0.0, std=std)
+
+
+class PiKVModel(PiKVPreTrainedModel):
+    """Map token ids to hidden states."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            PiKVDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> PiKVModelOutput:
+        """Run [B, T] ids, or embeddings [B, T, D], after the tokens in `past_key_values`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
+        mask = causal_mask(self.config, x, attention_mask, past_key_values, position_ids)
+        rotary = self.rotary_emb(x, position_ids=position_ids)
+        hidden_states, attentions, routings = [x], [], []
+        for layer in self.layers:
+            x, attention, routing = layer(
+                x,
+                token_mask=_token_mask(attention_mask, x.shape[1]),
+                attention_mask=mask,
+                position_embeddings=rotary,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            hidden_states.append(x)
+            attentions.append(attention)
+            routings.append(routing)
+        x = self.norm(x)
+        hidden_states[-1] = x
+        with_hidden = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        with_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        return PiKVModelOutput(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=tuple(hidden_states) if with_hidden else None,
+            attentions=tuple(attentions) if with_attentions else None,
+            router_logits=tuple(routing.logits for routing in routings),
+            aux_loss=torch.stack([routing.loss for routing in routings]).mean(),
+        )
+
+
+def _token_mask(attention_mask: Any, num_tokens: int) -> Tensor | None:
+    """Return [B, T] of bool, True for the new tokens that are no padding, where a mask [B, S] tells."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -num_tokens:].bool()

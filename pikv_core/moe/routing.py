@@ -1,0 +1,85 @@
+"""What a router returns, and the losses that keep it sound. E experts, K choices, T tokens, C slots.
+
+Balance loss after Switch (2101.03961) and GShard (2006.16668), z-loss after ST-MoE (2202.08906).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Which experts each token goes to; `dispatch, combine, probs, loss = routing` gives the dense form.
+
+    weights: [T, K] float32, of each choice. experts: [T, K] int64. logits, probs: [T, E] float32. losses: by
+    name, unweighted. loss_weights: the factor of each. expert_tokens: [E] int64, choices of real
+    tokens per expert.
+    """
+
+    weights: Tensor
+    experts: Tensor
+    logits: Tensor
+    probs: Tensor
+    losses: dict[str, Tensor]
+    loss_weights: dict[str, float]
+    expert_tokens: Tensor
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from (self.dispatch, self.combine, self.probs, self.loss)
+
+    @property
+    def loss(self) -> Tensor:
+        """Return the weighted sum of the losses, a scalar."""
+        total = self.logits.new_zeros(())
+        for name, value in self.losses.items():
+            total = total + self.loss_weights[name] * value
+        return total
+
+    @cached_property
+    def dispatch(self) -> Tensor:
+        """Return [T, E, C] of bool: which slot of which expert holds a token; C is the largest load."""
+        return self._dense(torch.ones_like(self.weights, dtype=torch.bool))
+
+    @cached_property
+    def combine(self) -> Tensor:
+        """Return [T, E, C]: the weight with which a token reads its slot."""
+        return self._dense(self.weights)
+
+    def _dense(self, values_TK: Tensor) -> Tensor:
+        num_tokens, num_choices = self.experts.shape
+        experts = self.experts.reshape(-1)
+        chosen = torch.nn.functional.one_hot(experts, self.probs.shape[-1])
+        slots = ((chosen.cumsum(0) - 1) * chosen).sum(-1)
+        tokens = torch.arange(num_tokens, device=slots.device).repeat_interleave(num_choices)
+        dense = values_TK.new_zeros(num_tokens, self.probs.shape[-1], int(chosen.sum(0).max()))
+        return dense.index_put((tokens, experts, slots), values_TK.reshape(-1))
+
+
+def count_tokens(experts: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
+    """Return [E] int64: the choices [T, K] that fell on each expert; mask [T] is True for real tokens."""
+    ones = torch.ones_like(experts) if mask is None else mask[:, None].expand_as(experts).to(experts.dtype)
+    return experts.new_zeros(num_experts).scatter_add_(0, experts.reshape(-1), ones.reshape(-1))
+
+
+def balance_loss(probs: Tensor, expert_tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return E/(N·K)·Σ_e c_e·P_e over the N real tokens, 1 when the load is balanced."""
+    shares = expert_tokens / expert_tokens.sum().clamp(min=1)
+    return probs.shape[-1] * (shares * _mean_over_tokens(probs, mask)).sum()
+
+
+def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the mean squared log-sum-exp of the logits [T, E], (ln E)² where all logits are zero."""
+    return _mean_over_tokens(logits.logsumexp(-1).square(), mask)
+
+
+def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return values.sum(0) / max(1, len(values))
+    weights = mask.to(values.dtype)
+    return torch.tensordot(weights, values, 1) / weights.sum().clamp(min=1)

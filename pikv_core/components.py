@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -74,7 +75,7 @@ def find_registry(path: str) -> Registry:
 
 def check_options(member: Any, options: Mapping[str, Any], kind: str) -> None:
     """Validate options against a member's typed fields, or raise pydantic's error."""
-    allowed = list(getattr(member, "__dataclass_fields__", {}))
+    allowed = [field.name for field in dataclasses.fields(member)]
     unknown = [name for name in options if name not in allowed]
     if unknown:
         raise PydanticCustomError(

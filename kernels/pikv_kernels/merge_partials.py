@@ -1,0 +1,25 @@
+"""Combine attentions over disjoint sets of tokens by their log-sum-exp (split tokens, codecs, shards)."""
+
+from __future__ import annotations
+
+import torch
+
+from pikv_kernels.partial_attention import Partial
+
+
+def merge_partials(
+    parts: list[Partial], sinks: torch.Tensor | None = None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return the joint output [B,G,N,D] and each part's share [B,G,N] float32 of the softmax mass.
+
+    sinks: logits [G,N] that take mass and give nothing (attention sinks of gpt-oss). Rows that see nothing get 0.
+    """
+    lses = torch.stack([part.lse for part in parts])
+    total = torch.logsumexp(lses, dim=0)
+    if sinks is not None:
+        total = torch.logaddexp(total, sinks.float())
+    total = total.masked_fill(total == -torch.inf, 0.0)
+    shares = list(torch.exp(lses - total))
+    output = sum(part.output.float() * share[..., None] for part, share in zip(parts, shares, strict=True))
+    assert isinstance(output, torch.Tensor)
+    return output.to(parts[0].output.dtype), shares

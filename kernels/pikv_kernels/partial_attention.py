@@ -1,0 +1,61 @@
+"""Attention of some queries over some stored tokens, with what is needed to merge it with other parts.
+
+Shapes: B batch, G key/value heads, N query rows of a head's group (group × T new tokens), S stored tokens, D head dim.
+The plain PyTorch definition, float32 inside; any device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Partial(NamedTuple):
+    """A part of an attention: `output` [B,G,N,D], `lse` [B,G,N] float32, `probs` [B,G,N,S] float32 or None.
+
+    Rows that see no token have output 0 and lse -inf. `probs` sum to 1 over this part's tokens.
+    """
+
+    output: torch.Tensor
+    lse: torch.Tensor
+    probs: torch.Tensor | None
+
+
+def partial_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    visible: torch.Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    with_probs: bool = False,
+) -> Partial:
+    """Attend query [B,G,N,D] over keys and values [B,G,S,D]; `visible` bool [B,1|G,N,S], None for all."""
+    logits = torch.matmul(query, keys.transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if visible is not None:
+        logits = logits.masked_fill(~visible, -torch.inf)
+    lse = torch.logsumexp(logits, dim=-1)
+    shift = lse.masked_fill(lse == -torch.inf, 0.0) if visible is not None else lse
+    probs = torch.exp(logits - shift[..., None])
+    return Partial(torch.matmul(probs.to(values.dtype), values), lse, probs if with_probs else None)
+
+
+def plain_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Attend as `partial_attention` does where only the output [B,G,N,D] is wanted and every row sees a token."""
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scale)
+
+
+def causal_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attend query [B,H,T,D] over the same T tokens' keys and values [B,G,T,D], each over itself and before."""
+    groups = query.shape[1] // keys.shape[1]
+    if groups > 1:
+        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+    return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale)

@@ -1,0 +1,69 @@
+"""The attention entry "pikv": models hand queries to it, and it hands them to the cache's layer.
+
+`Cache.update` returns the layer itself in place of keys and values; transformers passes it on unchanged. Without a
+PiKV cache the entry is transformers' own SDPA, mask included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from pikv_core.cache.layer import CacheLayer
+
+ENTRY = "pikv"
+
+
+class DeferredMask:
+    """Stand for a mask that a CacheLayer does not need: it masks by its own positions, padding apart."""
+
+    def __init__(self, padding: torch.Tensor | None, build: Callable[[], torch.Tensor | None]):
+        self._padding = padding
+        self._newest: tuple[int, torch.Tensor | None] | None = None
+        self.build = build
+
+    def is_token(self, num_new: int) -> torch.Tensor | None:
+        """Return bool [B,T] for the newest T tokens, None where none of them is padding."""
+        if self._newest is None or self._newest[0] != num_new:
+            newest = None if self._padding is None else self._padding[:, -num_new:].bool()
+            self._newest = (num_new, None if newest is None or bool(newest.all()) else newest)
+        return self._newest[1]
+
+
+def deferred_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> DeferredMask:
+    """Take the place of `sdpa_mask`, which is built only if a stock cache asks for it."""
+    return DeferredMask(attention_mask, lambda: sdpa_mask(*args, attention_mask=attention_mask, **kwargs))
+
+
+def pikv_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend query [B,H,T,D] through the layer given as `key`; return output [B,T,H,D]."""
+    if not isinstance(key, CacheLayer):
+        mask = attention_mask.build() if isinstance(attention_mask, DeferredMask) else attention_mask
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    assert attention_mask is None or isinstance(attention_mask, DeferredMask), (
+        "a 4-D mask cannot follow evictions"
+    )
+    is_token = None if attention_mask is None else attention_mask.is_token(query.shape[2])
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = key.attend(query, scale, is_token, kwargs.get("softcap"), kwargs.get("s_aux"))
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ENTRY, pikv_attention)
+AttentionMaskInterface.register(ENTRY, deferred_mask)

@@ -1,0 +1,104 @@
+"""PiKVCache: a transformers cache that keeps what a policy says, in the form a codec says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from pikv_core import recipes
+from pikv_core.cache.attention import ENTRY
+from pikv_core.cache.budget import Budget
+from pikv_core.cache.layer import CacheLayer
+from pikv_core.cache.support import windows
+from pikv_core.components import build
+from pikv_core.compression import CODECS
+from pikv_core.errors import UsageError
+from pikv_core.recipes import CacheRecipe
+from pikv_core.scheduling import POLICIES
+from pikv_core.scheduling.allocation import ALLOCATIONS
+from pikv_core.scheduling.full import Full
+
+
+class PiKVCache(Cache):
+    """Serve as `past_key_values` of any decoder that attends through transformers' attention interface.
+
+    config: the model's own config object; its attention is switched to the entry "pikv", which without a PiKVCache
+    is transformers' SDPA. recipe: policy, budget, allocation and codec.
+    """
+
+    def __init__(self, config: Any, recipe: CacheRecipe | None = None):
+        recipe = recipe or CacheRecipe()
+        policy, codec = build(POLICIES, recipe.policy), build(CODECS, recipe.codec)
+        allocation, budget = build(ALLOCATIONS, recipe.allocation), Budget(recipe.budget)
+        if isinstance(policy, Full) and budget.limits:
+            raise UsageError(
+                f"policy 'full' keeps every token, so a budget of {recipe.budget} means nothing",
+                hint="choose a policy that drops or selects tokens, or leave the budget out",
+            )
+        self.recipe = recipe
+        self.peak_bytes = 0
+        per_layer = windows(config)
+        super().__init__(
+            layers=[
+                CacheLayer(index, len(per_layer), policy, codec, allocation, budget, window, self._note_peak)
+                for index, window in enumerate(per_layer)
+            ]
+        )
+        config._attn_implementation = ENTRY
+
+    @classmethod
+    def from_recipe(cls, config: Any, recipe: Any) -> PiKVCache:
+        """Build from a CacheRecipe, a recipe that holds one, a mapping of its keys, or a YAML file of `generate`."""
+        if isinstance(recipe, str | Path):
+            recipe = recipes.load("generate", recipe, flags={"model": "given"})
+        if isinstance(recipe, Mapping):
+            recipe = CacheRecipe(**recipe)
+        return cls(config, recipe if isinstance(recipe, CacheRecipe) else recipe.cache)
+
+    def attach(self, model: PreTrainedModel) -> PiKVCache:
+        """Make `model` attend through this cache's entry, and return the cache."""
+        model.set_attn_implementation(ENTRY)
+        return self
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of live storage over all layers."""
+        return sum(layer.resident_bytes for layer in self.layers)
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes that transformers' own cache would hold for the same tokens and dtype."""
+        return sum(layer.full_bytes for layer in self.layers)
+
+    @property
+    def num_stored(self) -> list[int]:
+        """Slots per head of each layer."""
+        return [layer.num_stored for layer in self.layers]
+
+    def retrieve(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return a layer's keys and values [B,G,S,D], decoded, and their true positions [B,G,S] (-1: empty)."""
+        return self.layers[layer].retrieve()
+
+    def hold(self) -> None:
+        """Keep all that arrives, whatever the budget, until `compress`; statistics go on."""
+        for layer in self.layers:
+            layer.held = True
+
+    def compress(self) -> None:
+        """End `hold`: drop what is over budget and encode."""
+        for layer in self.layers:
+            layer.held = False
+            layer.compress()
+
+    def rewind(self, num_tokens: int) -> None:
+        """Forget the newest tokens, fed while the cache was held."""
+        for layer in self.layers:
+            layer.rewind(num_tokens)
+
+    def _note_peak(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, self.resident_bytes)

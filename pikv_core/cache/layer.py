@@ -1,0 +1,397 @@
+"""One layer's cache: its stores, attended one by one and merged; what arrives, what is dropped, what is encoded.
+
+Shapes: B batch, H query heads, G key/value heads, R = H/G, T new tokens, S stored slots, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from pikv_core.cache.budget import Budget, Shape
+from pikv_core.cache.page_bounds import PageBounds
+from pikv_core.cache.store import EMPTY, Store
+from pikv_core.compression.base import Codec
+from pikv_core.compression.none import Plain
+from pikv_core.scheduling.allocation.base import Allocation
+from pikv_core.scheduling.base import Evictor, Policy, Selector, Tokens
+from pikv_kernels.merge_partials import merge_partials
+from pikv_kernels.partial_attention import Partial, causal_attention
+
+CHUNK_ELEMENTS = 2**25  # logits of one query chunk
+CHUNK_QUERIES = 128
+
+
+class CacheLayer(CacheLayerMixin):
+    """Hold a layer's tokens: the newest in full precision (`tail`), older ones under the codec (`body`).
+
+    window: tokens a query may look back, itself included (sliding-window layers), None for all.
+    on_change: called with nothing whenever the stored bytes may have changed.
+    """
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(
+        self,
+        index: int,
+        num_layers: int,
+        policy: Policy,
+        codec: Codec,
+        allocation: Allocation,
+        budget: Budget,
+        window: int | None,
+        on_change: Callable[[], None],
+    ):
+        super().__init__()
+        self.index = index
+        self.num_layers = num_layers
+        self.policy = policy
+        self.codec = codec
+        self.allocation = allocation
+        self.window = window
+        self.held = False
+        self._asked_budget = budget
+        self._on_change = on_change
+        self.reset()
+
+    # --- what transformers asks of a layer -------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget everything."""
+        evictor = self.policy if isinstance(self.policy, Evictor) and self._asked_budget.limits else None
+        self._evictor = evictor
+        # A sliding window is short and drops tokens by itself: pages would neither save reads nor stay in place.
+        reads_all = not self._asked_budget.limits or self.window is not None
+        selector = self.policy if isinstance(self.policy, Selector) and not reads_all else None
+        self._selector = selector if selector is not None and self.index >= selector.dense_layers else None
+        self._page = 8
+        self._bounds: PageBounds | None = None
+        if self._selector is not None:
+            self._page = max(self._selector.page_tokens, self.codec.unit_tokens)
+            self._bounds = PageBounds(self._page)
+        columns = evictor.columns if evictor else ()
+        self.tail = Store(Plain(), columns, self._page if isinstance(self.codec, Plain) else 8)
+        self.body = None if isinstance(self.codec, Plain) else Store(self.codec, columns, self._page)
+        self.budget = self._asked_budget
+        self.seen_length = 0
+        self.num_seen = torch.zeros(0, dtype=torch.int64)
+        self._has_empty = False
+        self._in_order = True
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        B, G, _, D = key_states.shape
+        shape = Shape(self.num_layers, B, G, D, key_states.dtype)
+        self.budget = self._asked_budget.resolve(
+            shape, self.codec, len(self._evictor.columns if self._evictor else ())
+        )
+        self.num_seen = torch.zeros(B, dtype=torch.int64)
+        self.dtype, self.device, self._shape = key_states.dtype, key_states.device, shape
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Take new keys and values [B,G,T,D]; the attention entry gets this layer in place of tensors."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._new = (key_states, value_states)
+        return self, self
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Tokens seen, padding included: what positions and masks are built from."""
+        return self.seen_length
+
+    def get_mask_sizes(self, query_length: Any, *args: Any) -> tuple[int, int]:
+        new = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.seen_length + new, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(len(self.num_seen)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Reorder, repeat or drop rows of the batch."""
+        if not self.is_initialized:
+            return
+        rows = torch.arange(len(self.num_seen))[indices.cpu()]
+        self.num_seen = self.num_seen[rows]
+        for part in (*self.stores, *([self._bounds] if self._bounds else [])):
+            part.select_rows(rows.to(self.device))
+        self._on_change()
+
+    # --- measurements ----------------------------------------------------------------------------------------
+
+    @property
+    def stores(self) -> list[Store]:
+        """The stores that hold tokens, older ones first."""
+        return [store for store in (self.body, self.tail) if store is not None and store.num_slots]
+
+    @property
+    def num_stored(self) -> int:
+        """Slots per head, empty ones included."""
+        return sum(store.num_slots for store in self.stores)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of live storage: codes, scales, positions, statistics, page bounds, spare room."""
+        held = self.tail.nbytes + (self.body.nbytes if self.body is not None else 0)
+        return held + (self._bounds.nbytes if self._bounds is not None else 0)
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes that transformers' own cache would hold for the same tokens and dtype."""
+        if not self.is_initialized:
+            return 0
+        length = self.seen_length if self.window is None else min(self.seen_length, self.window - 1)
+        s = self._shape
+        return 2 * len(self.num_seen) * s.num_kv_heads * length * s.head_dim * s.dtype.itemsize
+
+    def retrieve(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return keys, values [B,G,S,D] as the next query will see them, and positions [B,G,S] (-1: empty slot)."""
+        parts = [(*store.decoded(), store.position) for store in self.stores]
+        keys, values, position = (torch.cat(tensors, dim=2) for tensors in zip(*parts))
+        return keys, values, position
+
+    # --- attention -------------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        scale: float,
+        is_token: torch.Tensor | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Append the tokens given to `update`, attend, then drop and encode; return [B,H,T,D].
+
+        query: [B,H,T,D]. is_token: bool [B,T], False for padding among the new tokens; None where there is none.
+        sinks: logits [H] that take attention and give nothing.
+        """
+        keys, values = self._new
+        del self._new
+        position = self._arrive(keys, values, is_token)
+        special = softcap is not None or sinks is not None or is_token is not None
+        weigh = self._evictor is not None and self._evictor.needs_mass
+        if special or weigh or len(self.stores) > 1:
+            output = self._attend_in_chunks(query, position, scale, softcap, sinks, weigh)
+        elif (
+            query.shape[2] == self.num_stored
+            and query.shape[2] > 1
+            and self.window is None
+            and not self._has_empty
+        ):
+            keys, values = self.tail.decoded()
+            output = causal_attention(query, keys, values, scale)
+        elif query.shape[2] == 1:
+            output = self._attend_plainly(query, position, scale)
+        else:
+            output = self._attend_in_chunks(query, position, scale, None, None, False)
+        if not self.held:
+            self.compress()
+        return output
+
+    def _arrive(
+        self, keys: torch.Tensor, values: torch.Tensor, is_token: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Append new tokens to the tail; return their positions [B,T]."""
+        B, G, T, _ = keys.shape
+        start = self.num_seen.to(keys.device)[:, None]
+        if is_token is None:
+            position = start + torch.arange(T, device=keys.device)
+            self.num_seen = self.num_seen + T
+        else:
+            position = (start + is_token.cumsum(1) - 1).masked_fill(~is_token, EMPTY)
+            self.num_seen = self.num_seen + is_token.sum(1).cpu()
+            self._has_empty = True
+        self.tail.append(keys, values, position[:, None].expand(B, G, T))
+        if self._bounds is not None and self.body is None:
+            self._bounds.append(keys, None if is_token is None else is_token[:, None].expand(B, G, T))
+        self.seen_length += T
+        self._on_change()
+        return position
+
+    def _visible(self, store: Store, position: torch.Tensor, num_slots: int | None = None) -> torch.Tensor:
+        """Return bool [B,1|G,T,S]: which slots the queries at `position` [B,T] may see."""
+        held = store.position if num_slots is None else store.position[:, :, :num_slots]
+        if self._in_order:
+            held = held[:, :1]
+        ahead = position[:, None, :, None] - held[:, :, None, :]
+        visible = (held >= 0)[:, :, None] & (ahead >= 0)
+        return visible if self.window is None else visible & (ahead < self.window)
+
+    def _attend_plainly(self, query: torch.Tensor, position: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attend one new token per row over the one store, with nothing to measure."""
+        B, H, _, D = query.shape
+        store = self._read(self.tail, query)
+        rows = query.reshape(B, self._shape.num_kv_heads, -1, D)
+        masked = self._has_empty or self.window is not None or store is not self.tail
+        visible = self._visible(store, position) if masked else None
+        return store.attend_plainly(rows, visible, scale).reshape(B, H, 1, D)
+
+    def _attend_in_chunks(
+        self,
+        query: torch.Tensor,
+        position: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        weigh: bool,
+    ) -> torch.Tensor:
+        """Attend over all stores, a chunk of queries at a time; `weigh` hands the attention mass to the evictor."""
+        B, H, T, D = query.shape
+        G = self._shape.num_kv_heads
+        R = H // G
+        fresh = self._in_order and T == self.num_stored
+        stores = self.stores
+        read = [self._read(store, query) if T == 1 and not weigh else store for store in stores]
+        masses = [torch.zeros_like(store.position, dtype=torch.float32) for store in stores] if weigh else []
+        chunk = max(1, min(CHUNK_QUERIES, CHUNK_ELEMENTS // (B * H * max(self.num_stored, 1))))
+        output = torch.empty_like(query)
+        for start in range(0, T, chunk):
+            end = min(T, start + chunk)
+            rows = query[:, :, start:end].reshape(B, G, R * (end - start), D)
+            num_slots = end if fresh else None
+            parts: list[Partial] = []
+            for store in read:
+                visible = self._visible(store, position[:, start:end], num_slots)
+                visible = visible[:, :, None].expand(-1, -1, R, -1, -1).flatten(2, 3)
+                parts.append(store.attend(rows, visible, scale, softcap, weigh, num_slots))
+            logits = None if sinks is None else sinks.view(G, R, 1).expand(G, R, end - start).reshape(G, -1)
+            merged, shares = merge_partials(parts, logits)
+            output[:, :, start:end] = merged.reshape(B, H, end - start, D)
+            for mass, part, share in zip(masses, parts, shares):
+                assert part.probs is not None
+                mass[:, :, : part.probs.shape[-1]] += torch.einsum("bgns,bgn->bgs", part.probs, share / R)
+        for store, mass in zip(stores, masses):
+            assert self._evictor is not None
+            self._evictor.observe(store.columns(), mass)
+        return output
+
+    def _read(self, store: Store, query: torch.Tensor) -> Store:
+        """Return what a single query reads of a store: the selector's pages of it, or all."""
+        selector, bounds = self._selector, self._bounds
+        if (
+            not isinstance(selector, Selector)
+            or bounds is None
+            or (self.body is not None and store is self.tail)
+        ):
+            return store
+        capacity = int(self._capacity().max())
+        others = self.num_stored - store.num_slots
+        num_pages = max(1, selector.num_pages(capacity, self._page) - -(-others // self._page))
+        if num_pages >= bounds.num_pages:
+            return store
+        rows = query.reshape(len(query), self._shape.num_kv_heads, -1, query.shape[-1])
+        score = selector.score(rows, bounds.lowest, bounds.highest)
+        return store.pages(score.topk(num_pages, dim=-1).indices, self._page)
+
+    # --- dropping and encoding -------------------------------------------------------------------------------
+
+    def compress(self) -> None:
+        """Drop what is over budget, then encode what has left the newest tokens."""
+        if self._evictor is not None or self.window is not None:
+            self._evict()
+        if self.body is not None:
+            self._encode(self.body)
+        self._on_change()
+
+    def _capacity(self) -> torch.Tensor:
+        """Tokens per head [B] that may stay, on the CPU."""
+        capacity = self.num_seen
+        if self._evictor is not None or self._selector is not None:
+            capacity = self.allocation.capacity(
+                self.budget.tokens(self.num_seen), self.index, self.num_layers
+            )
+        return capacity if self.window is None else capacity.clamp(max=max(1, self.window - 1))
+
+    def _evict(self) -> None:
+        capacity = self._capacity()
+        most = int(capacity.max())
+        uneven = bool((capacity != most).any())
+        over = self.num_stored - most
+        if over <= 0 and not uneven:
+            return
+        stores = self.stores
+        position = torch.cat([store.position for store in stores], dim=2)
+        score = self._score(stores, position, capacity)
+        if uneven:
+            rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+            dropped = rank >= capacity.to(self.device)[:, None, None]
+            score = score.masked_fill(dropped, -torch.inf)
+            position = position.masked_fill(dropped, EMPTY)
+            for store, part in zip(stores, position.split([store.num_slots for store in stores], dim=2)):
+                store.position.copy_(part)
+            self._has_empty = True
+        if over <= 0:
+            return
+        self._in_order = False
+        if self.body is not None and self.body.num_slots:
+            self._evict_units(self.body, score[:, :, : self.body.num_slots], over)
+        elif over == 1:
+            self.tail.drop_one(score.argmin(dim=-1))
+        else:
+            self.tail.keep(score.topk(most, dim=-1).indices.sort(dim=-1).values)
+
+    def _evict_units(self, body: Store, score: torch.Tensor, over: int) -> None:
+        """Drop whole units, those of the lowest mean score, but never below the budget."""
+        held = body.num_slots // body.unit
+        drop = min(over // body.unit, held)
+        if drop:
+            units = score.unflatten(2, (held, body.unit)).mean(dim=-1)
+            body.keep(units.topk(held - drop, dim=-1).indices.sort(dim=-1).values)
+
+    def _score(self, stores: list[Store], position: torch.Tensor, capacity: torch.Tensor) -> torch.Tensor:
+        if self._evictor is None:
+            score = position.float()
+        else:
+            columns = {
+                name: torch.cat([store.columns()[name] for store in stores], dim=2)
+                for name in self._evictor.columns
+            }
+            tokens = Tokens(position, columns, self.num_seen.to(self.device), capacity.to(self.device))
+            score = self._evictor.score(tokens)
+        gone = position < 0
+        if self.window is not None:
+            gone = gone | (position < (self.num_seen.to(self.device) - self.window + 1)[:, None, None])
+        return score.masked_fill(gone, -torch.inf)
+
+    def _encode(self, body: Store) -> None:
+        """Move the oldest units of the tail into the body, in full precision until now."""
+        tail = self.tail
+        num_tokens = (tail.num_slots - self.codec.residual) // body.unit * body.unit
+        if num_tokens <= 0:
+            return
+        order = tail.position.argsort(dim=-1, stable=True)
+        oldest, rest = order[:, :, :num_tokens], order[:, :, num_tokens:]
+        keys, values = tail.decoded()
+        take = oldest[..., None].expand(*oldest.shape, keys.shape[-1])
+        keys, values = keys.gather(2, take), values.gather(2, take)
+        position = tail.position.gather(2, oldest)
+        columns = {name: column.gather(2, oldest) for name, column in tail.columns().items()}
+        body.append(keys, values, position, columns)
+        if self._bounds is not None:
+            self._bounds.append(keys, position >= 0 if self._has_empty else None)
+        tail.keep(rest)
+
+    # --- holding and going back ------------------------------------------------------------------------------
+
+    def rewind(self, num_tokens: int) -> None:
+        """Forget the newest tokens, seen since `held` was set; what evictors learnt from them stays."""
+        assert self.held
+        self.tail.drop_newest_slots(num_tokens)
+        self.seen_length -= num_tokens
+        self.num_seen = self.num_seen - num_tokens
+        if self._bounds is not None and self.body is None:
+            whole = self.tail.num_slots // self._page * self._page
+            keys = self.tail.decoded()[0][:, :, whole:]
+            self._bounds.rewind(keys, self.tail.position[:, :, whole:] >= 0, self.tail.num_slots)

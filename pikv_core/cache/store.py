@@ -1,0 +1,171 @@
+"""A store: tokens of one layer under one codec, with the columns that travel with them.
+
+Shapes: B batch, G key/value heads, T new tokens, S stored slots, U units, D head dim, N query rows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pikv_core.compression.base import Codec
+from pikv_kernels.partial_attention import Partial, partial_attention, plain_attention
+
+EMPTY = -1  # the position of a slot that holds no token
+
+
+class Store:
+    """Hold tokens in units of the codec; memory grows in small chunks and shrinks with what is dropped.
+
+    columns: names of the float32 statistics kept with each token, beside its int32 `position` (EMPTY: no token).
+    page_tokens: slots are allocated in multiples of it.
+    """
+
+    def __init__(self, codec: Codec, columns: tuple[str, ...] = (), page_tokens: int = 8):
+        self.codec = codec
+        self.unit = codec.unit_tokens
+        self.num_slots = 0
+        self._page = page_tokens
+        self._column_names = columns
+        self._encoded: dict[str, torch.Tensor] = {}
+        self._columns: dict[str, torch.Tensor] = {}
+        self._dtype = torch.float32
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage of everything held, spare room included."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._all())
+
+    @property
+    def position(self) -> torch.Tensor:
+        """True positions [B,G,S], int32."""
+        return self._columns["position"][:, :, : self.num_slots]
+
+    def columns(self) -> dict[str, torch.Tensor]:
+        """Views [B,G,S] of the statistics, writable."""
+        return {name: self._columns[name][:, :, : self.num_slots] for name in self._column_names}
+
+    def decoded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B,G,S,D] in the model's dtype."""
+        units = self.num_slots // self.unit
+        return self.codec.decode({name: x[:, :, :units] for name, x in self._encoded.items()}, self._dtype)
+
+    def append(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        position: torch.Tensor,
+        columns: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Encode and add T tokens, a multiple of the unit: keys, values [B,G,T,D], position and columns [B,G,T]."""
+        T = keys.shape[2]
+        assert T % self.unit == 0
+        self._dtype = keys.dtype
+        new_columns = {"position": position.to(torch.int32)}
+        for name in self._column_names:
+            given = (columns or {}).get(name)
+            new_columns[name] = (
+                keys.new_zeros(keys.shape[:3], dtype=torch.float32) if given is None else given
+            )
+        self._write(self._columns, new_columns, self.num_slots, 1)
+        self._write(self._encoded, self.codec.encode(keys, values), self.num_slots // self.unit, self.unit)
+        self.num_slots += T
+
+    def keep(self, units: torch.Tensor) -> None:
+        """Keep only these units [B,G,K] of every head, in the given order, and free the rest."""
+        slots = units if self.unit == 1 else self._slots_of(units)
+        self._columns = {name: _take(x, slots) for name, x in self._columns.items()}
+        self._encoded = {name: _take(x, units) for name, x in self._encoded.items()}
+        self.num_slots = slots.shape[2]
+
+    def drop_one(self, slot: torch.Tensor) -> None:
+        """Drop one slot [B,G] of every head: the last slot's token takes its place (units of one token only)."""
+        assert self.unit == 1
+        last = self.num_slots - 1
+        for x in self._all():
+            index = slot.view(*slot.shape, 1, *[1] * (x.dim() - 3)).expand(*slot.shape, 1, *x.shape[3:])
+            x.scatter_(2, index, x[:, :, last : last + 1].clone())
+        self.num_slots = last
+
+    def drop_newest_slots(self, num_slots: int) -> None:
+        """Forget the last slots; what they held must be nothing that is still wanted."""
+        assert num_slots % self.unit == 0
+        self.num_slots -= num_slots
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Reorder or repeat the batch."""
+        self._columns = {name: x.index_select(0, rows) for name, x in self._columns.items()}
+        self._encoded = {name: x.index_select(0, rows) for name, x in self._encoded.items()}
+
+    def pages(self, pages: torch.Tensor, page_tokens: int) -> Store:
+        """Return a store with only these pages [B,G,K] of `page_tokens` slots each, in page order of the slots."""
+        assert page_tokens % self.unit == 0
+        picked = Store(self.codec, ())
+        picked._dtype = self._dtype
+        per_page = page_tokens // self.unit
+        picked._encoded = {name: _take_pages(x, pages, per_page) for name, x in self._encoded.items()}
+        position = _take_pages(self._columns["position"], pages, page_tokens)
+        slots = (pages[..., None] * page_tokens + torch.arange(page_tokens, device=pages.device)).flatten(2)
+        picked._columns = {"position": position.masked_fill(slots >= self.num_slots, EMPTY)}
+        picked.num_slots = position.shape[2]
+        return picked
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        visible: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+        with_probs: bool,
+        num_slots: int | None = None,
+    ) -> Partial:
+        """Attend query [B,G,N,D] over the first `num_slots` slots; see `partial_attention`."""
+        keys, values = self.decoded()
+        if num_slots is not None:
+            keys, values = keys[:, :, :num_slots], values[:, :, :num_slots]
+        return partial_attention(query, keys, values, visible, scale, softcap, with_probs)
+
+    def attend_plainly(self, query: torch.Tensor, visible: torch.Tensor | None, scale: float) -> torch.Tensor:
+        """Attend with the output [B,G,N,D] alone."""
+        keys, values = self.decoded()
+        return plain_attention(query, keys, values, visible, scale)
+
+    def _all(self) -> list[torch.Tensor]:
+        return [*self._encoded.values(), *self._columns.values()]
+
+    def _slots_of(self, units: torch.Tensor) -> torch.Tensor:
+        return (units[..., None] * self.unit + torch.arange(self.unit, device=units.device)).flatten(2)
+
+    def _write(
+        self, tensors: dict[str, torch.Tensor], new: dict[str, torch.Tensor], used: int, unit: int
+    ) -> None:
+        """Write new rows behind the `used` ones of each tensor, growing it where the room is short."""
+        for name, x in new.items():
+            rows = used + x.shape[2]
+            held = tensors.get(name)
+            if held is None or held.shape[2] < rows:
+                room = self._room(rows * unit) // unit
+                grown = x.new_empty(*x.shape[:2], room, *x.shape[3:])
+                if held is not None:
+                    grown[:, :, :used] = held[:, :, :used]
+                tensors[name] = held = grown
+            held[:, :, used:rows] = x
+
+    def _room(self, num_slots: int) -> int:
+        """Slots to allocate for `num_slots`: up to the next page, with 1 % to grow."""
+        grain = max(self._page, self.unit)
+        spare = num_slots // 100 if self.num_slots else 0
+        return -(-(num_slots + spare) // grain) * grain
+
+
+def _take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Gather rows [B,G,K] of x [B,G,R,...] into a tensor of its own."""
+    index = rows.view(*rows.shape, *[1] * (x.dim() - 3)).expand(*rows.shape, *x.shape[3:])
+    return x.gather(2, index)
+
+
+def _take_pages(x: torch.Tensor, pages: torch.Tensor, per_page: int) -> torch.Tensor:
+    """Gather pages [B,G,K] of `per_page` rows each from x [B,G,R,...], R a multiple of it, by one flat index."""
+    B, G, R = x.shape[:3]
+    heads = torch.arange(B * G, device=x.device).view(B, G, 1) * (R // per_page)
+    flat = x.view(B * G * (R // per_page), per_page, *x.shape[3:])
+    return flat.index_select(0, (heads + pages).flatten()).view(B, G, -1, *x.shape[3:])

@@ -1,0 +1,32 @@
+"""Which decoders the cache serves, and how far each of their layers looks back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pikv_core.errors import PiKVError
+
+
+def windows(config: Any) -> list[int | None]:
+    """Return each layer's sliding window in tokens, None for full attention.
+
+    Raises PiKVError for an architecture whose cache holds something else, by name and with the reason.
+    """
+    text = config.get_text_config(decoder=True)
+    kind = text.model_type
+    if getattr(text, "kv_lora_rank", None):
+        raise PiKVError(
+            f"model type '{kind}' caches latent vectors (multi-head latent attention), not keys and values",
+            hint="use a decoder with grouped-query attention (llama, qwen3, mistral, mixtral, qwen3_moe, pikv, ...)",
+        )
+    window = getattr(text, "sliding_window", None)
+    types = getattr(text, "layer_types", None)
+    if types is None:
+        types = ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
+    other = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if other:
+        raise PiKVError(
+            f"model type '{kind}' has layers of type {', '.join(other)}, whose cache holds no plain keys and values",
+            hint="full_attention and sliding_attention layers are supported",
+        )
+    return [window if layer == "sliding_attention" else None for layer in types]

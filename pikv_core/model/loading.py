@@ -1,0 +1,82 @@
+"""Load a causal language model and its tokenizer from a run folder, a model folder or the hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pikv_core.errors import PiKVError
+from pikv_core.recipes import Recipe
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, its tokenizer, and the folder or hub id it came from."""
+
+    model: Any
+    tokenizer: Any
+    source: str
+
+    @property
+    def folder(self) -> Path | None:
+        return Path(self.source) if Path(self.source).is_dir() else None
+
+    @property
+    def backend(self) -> str:
+        """Name what computes attention, where, and in which precision."""
+        return f"torch on {self.model.device.type}, {str(self.model.dtype).removeprefix('torch.')}"
+
+
+def prepare(recipe: Recipe) -> torch.device:
+    """Set threads and seed as the recipe says, and return its device."""
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    torch.manual_seed(recipe.seed)
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise PiKVError("device 'cuda' is asked for, but torch sees no CUDA device", hint="use --device cpu or auto")
+    wanted = recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def find_model(name: str) -> str:
+    """Return the model folder of a run folder or model folder, or a hub id as it is."""
+    path = Path(name)
+    for folder in (path / "model", path):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    if path.is_dir():
+        raise PiKVError(
+            f"{name}: no model here: neither config.json nor model/config.json",
+            hint="give a folder that `pikv train` or save_pretrained wrote",
+        )
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise PiKVError(f"{name}: no such model folder", hint="`pikv train` writes one; a hub id has the form owner/name")
+    return name
+
+
+def load_model(name: str, recipe: Recipe) -> LoadedModel:
+    """Load what `find_model` finds, in the recipe's dtype on its device."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import pikv_core.model  # noqa: F401  registers our own architecture
+
+    device = prepare(recipe)
+    source = find_model(name)
+    local = Path(source).is_dir()
+    dtype = "auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if local:
+            raise PiKVError(f"{source}: cannot load the model: {reason}") from error
+        raise PiKVError(
+            f"model '{name}': no such folder, and the hub did not give it: {reason}",
+            hint="check the name and the connection, or download it elsewhere and give the folder",
+        ) from error
+    return LoadedModel(model.to(device).eval(), tokenizer, source)

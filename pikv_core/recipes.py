@@ -178,9 +178,7 @@ class CompressRecipe(Recipe):
     allocation: AllocationSpec = Component("uniform")
     text: list[str] = []
     column: str | None = None
-    question: Literal["inside", "after"] = (
-        "after"  # whether the policy has seen the question when it compresses
-    )
+    question: Literal["inside", "after"] = "after"  # whether the policy has seen the question when it compresses
     context_tokens: Annotated[int, Field(ge=16)] = 1024  # length of each prompt
     num_queries: Positive = 2000  # recall questions
     num_texts: Positive = 16  # continuations scored for perplexity
@@ -277,18 +275,14 @@ def _read(path: Path, verb: str) -> dict[str, Any]:
         raise RecipeError([f"{path}: expected keys and values, got {_shown(tree)}"])
     of = tree.get("verb", verb)
     if of != verb:
-        hint = (
-            f"run it with `pikv {of} --recipe {path}`"
-            if of in RECIPES
-            else f"verb is one of: {', '.join(RECIPES)}"
-        )
+        hint = f"run it with `pikv {of} --recipe {path}`" if of in RECIPES else f"verb is one of: {', '.join(RECIPES)}"
         raise RecipeError([f"{path}: verb: this recipe is for '{of}', not for '{verb}'"], hint=hint)
     tree.setdefault("name", path.stem)
     return tree
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key; a component given by name takes options: `codec=int8`, then `codec.group=32`."""
+    """Set a dotted key; a component given by name takes options, before or after: `codec=int8`, `codec.group=32`."""
     *path, last = key.split(".")
     for part in path:
         below = tree.get(part)
@@ -298,6 +292,9 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
             below = {}
         tree[part] = below
         tree = below
+    options = tree.get(last)
+    if isinstance(value, str) and isinstance(options, dict) and options.get("name", value) == value:
+        value = {**options, "name": value}
     tree[last] = value
 
 
@@ -317,15 +314,11 @@ _KINDS = {
 }
 
 
-def _problems(
-    error: ValidationError, schema: type[BaseModel], source: str, origin: Mapping[str, str]
-) -> list[str]:
+def _problems(error: ValidationError, schema: type[BaseModel], source: str, origin: Mapping[str, str]) -> list[str]:
     lines = []
     for item in error.errors(include_url=False):
         path = ".".join(str(part) for part in item["loc"])
-        where = next(
-            (flag for key, flag in origin.items() if path == key or path.startswith(key + ".")), source
-        )
+        where = next((flag for key, flag in origin.items() if path == key or path.startswith(key + ".")), source)
         kind = item["type"]
         got = f", got {_shown(item.get('input'))}"
         if kind == "extra_forbidden":
@@ -339,11 +332,7 @@ def _problems(
             text = f"expected {allowed_text}{got}{closest(str(item['input']), words)}"
         elif kind in ("greater_than_equal", "greater_than", "less_than_equal", "less_than", "too_short"):
             text = item["msg"].removeprefix("Input should be ").replace("List should have", "expected")
-            text = (
-                f"expected a value {text}{got}"
-                if kind != "too_short"
-                else "expected at least one entry, got none"
-            )
+            text = f"expected a value {text}{got}" if kind != "too_short" else "expected at least one entry, got none"
         elif kind.removesuffix("_type").removesuffix("_parsing") in _KINDS:
             text = f"expected {_KINDS[kind.removesuffix('_type').removesuffix('_parsing')]}{got}"
         elif kind == "int_from_float":

@@ -68,15 +68,16 @@ def load(
             hint="give more text with --text, or a larger --num-samples",
         )
     num_test = max(1, round(TEST_SHARE * len(order)))
-    test, train = (
-        [documents[number] for number in sorted(part)] for part in (order[:num_test], order[num_test:])
-    )
+    test, train = ([documents[number] for number in sorted(part)] for part in (order[:num_test], order[num_test:]))
     return Corpus(train, test, source)
 
 
 def encode(corpus: Corpus, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """Return the token stream of each split."""
-    return {split: tokens.encode(tokenizer, getattr(corpus, split)) for split in ("train", "test")}
+    return {
+        "train": tokens.encode(tokenizer, corpus.train),
+        "test": tokens.encode(tokenizer, corpus.test),
+    }
 
 
 def save(corpus: Corpus, streams: dict[str, np.ndarray], folder: Path) -> dict[str, int]:
@@ -86,9 +87,14 @@ def save(corpus: Corpus, streams: dict[str, np.ndarray], folder: Path) -> dict[s
         {**corpus.describe(), **{f"num_{split}_tokens": len(stream) for split, stream in streams.items()}},
     )
     for split, stream in streams.items():
-        tokens.save(stream, folder / f"tokens.{split}.npy")
-    return {
-        DESCRIPTION: 0,
-        "tokens.train.npy": len(corpus.train),
-        "tokens.test.npy": len(corpus.test),
-    }
+        tokens.save(stream, folder / _stream_file(split))
+    return {_stream_file("train"): len(corpus.train), _stream_file("test"): len(corpus.test)}
+
+
+def load_streams(folder: Path) -> dict[str, np.ndarray]:
+    """Read the token stream of each split from a folder of gen-data."""
+    return {split: tokens.load(folder / _stream_file(split)) for split in ("train", "test")}
+
+
+def _stream_file(split: str) -> str:
+    return f"tokens.{split}.npy"

@@ -79,8 +79,7 @@ class Recall:
         read_manifest(folder, "recall")
         written = read_options(folder / OPTIONS, Recall)
         agree(self, written, folder / OPTIONS)
-        splits = ("train", "test") if written.filler == "text" else ()
-        streams = {split: tokens.load(folder / f"tokens.{split}.npy") for split in splits}
+        streams = corpus.load_streams(folder) if written.filler == "text" else {}
         return RecallSource(written, tokenizer.load(folder / "tokenizer"), streams)
 
     def write(
@@ -98,9 +97,8 @@ class Recall:
         """
         source, documents = self._make(seed, text, column, reporter)
         files = samples.write(source, folder, num_samples, self.length, seed, reporter)
-        files |= tokenizer.save(source.tokenizer, folder / "tokenizer")
+        tokenizer.save(source.tokenizer, folder / "tokenizer")
         write_json(folder / OPTIONS, asdict(self))
-        files[OPTIONS] = 0
         if documents is not None:
             files |= corpus.save(documents, source.streams, folder)
         return files
@@ -135,9 +133,7 @@ class RecallSource:
     def vocab_size(self) -> int:
         return self.tokenizer.get_vocab_size()
 
-    def batch(
-        self, rng: np.random.Generator, num_samples: int, length: int, split: str = "train"
-    ) -> RecallBatch:
+    def batch(self, rng: np.random.Generator, num_samples: int, length: int, split: str = "train") -> RecallBatch:
         """Draw samples of `length` tokens; longer ones hold more needles and questions, up to the limits.
 
         Filler of a split comes from its own documents. Raises PiKVError where the length or the text is too

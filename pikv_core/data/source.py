@@ -24,9 +24,7 @@ class Source(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def batch(
-        self, rng: np.random.Generator, num_samples: int, length: int, split: str = "train"
-    ) -> Batch: ...
+    def batch(self, rng: np.random.Generator, num_samples: int, length: int, split: str = "train") -> Batch: ...
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer into a model folder, and what rebuilds this source for held-out data."""

@@ -22,9 +22,7 @@ def read() -> list[str]:
     for file in _sources(library):
         documents += _docstrings(file)
     if not documents:
-        raise PiKVError(
-            f"{library}: no text found in the standard library", hint="give text of yours with --text"
-        )
+        raise PiKVError(f"{library}: no text found in the standard library", hint="give text of yours with --text")
     return documents
 
 

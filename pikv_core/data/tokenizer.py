@@ -58,8 +58,8 @@ def add_words(tokenizer: Tokenizer, words: Sequence[str]) -> None:
     tokenizer.add_tokens([AddedToken(word, normalized=False, special=False) for word in words])
 
 
-def save(tokenizer: Tokenizer, folder: Path) -> dict[str, int]:
-    """Write tokenizer.json and tokenizer_config.json; return the files, which hold no samples."""
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json."""
     make_folder(folder)
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
     write_json(
@@ -73,7 +73,6 @@ def save(tokenizer: Tokenizer, folder: Path) -> dict[str, int]:
             "model_input_names": ["input_ids", "attention_mask"],
         },
     )
-    return {f"{folder.name}/{name}": 0 for name in ("tokenizer.json", "tokenizer_config.json")}
 
 
 def load(folder: Path) -> Tokenizer:

@@ -1,0 +1,26 @@
+"""Compile a function with numba, once per version of the source it is made of, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def compiled(function: Callable[..., Any], name: str, *parts: type) -> Callable[..., Any]:
+    """Return the function compiled; parts: classes from other files whose functions it calls.
+
+    numba's cache notices a change of the function's own file alone; the name it is kept under therefore
+    carries a digest of the other files.
+    """
+    from numba import njit
+
+    files = [*sorted(Path(__file__).parent.glob("*.py")), *(Path(inspect.getfile(part)) for part in parts)]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    function.__qualname__ = f"{name}_{digest}"
+    try:
+        return njit(cache=True)(function)
+    except RuntimeError:  # no folder for the cache can be written
+        return njit(function)

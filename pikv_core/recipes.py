@@ -110,6 +110,7 @@ class ModelRecipe(Section):
     hidden_size: Positive = 128
     num_heads: Positive = 2
     num_kv_heads: Positive = 2
+    head_dim: Positive | None = None  # by default hidden_size / num_heads
     ffn_size: Positive = 256  # width of a dense feed-forward block
     num_experts: Positive = 8
     top_k: Positive = 2
@@ -123,8 +124,10 @@ class ModelRecipe(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelRecipe:
-        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
-            raise PydanticCustomError("sizes", "hidden_size must be num_heads times an even head size")
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise PydanticCustomError("sizes", "hidden_size must be a multiple of num_heads, or give head_dim")
+        if (self.head_dim or self.hidden_size // self.num_heads) % 2:
+            raise PydanticCustomError("sizes", "the head size must be even, for its rotation")
         if self.num_heads % self.num_kv_heads:
             raise PydanticCustomError("sizes", "num_heads must be a multiple of num_kv_heads")
         if self.top_k > self.num_experts:
@@ -148,6 +151,7 @@ class TrainSettings(Section):
     max_steps: Positive = 6000
     curriculum: Annotated[list[Positive], Field(min_length=1)] = [16, 32, 64, 128, 256, 512, 1024]
     stage_accuracy: Share = 0.9  # batch accuracy (moving average) that ends a stage of the curriculum
+    stage_steps: Positive = 20  # at least so many steps a stage
     decay_steps: Positive = 150  # steps at the last lengths with the learning rate falling to zero
     optimizer: Literal["muon", "adamw"] = "muon"
     lr: Annotated[float, Field(gt=0)] = 3e-3
@@ -166,6 +170,16 @@ class TrainRecipe(Recipe):
     model: ModelRecipe = ModelRecipe()
     data: DataRecipe = DataRecipe()
     train: TrainSettings = TrainSettings()
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> TrainRecipe:
+        longest = max(*self.train.curriculum, *self.train.eval_lengths)
+        if longest > self.model.max_positions:
+            raise PydanticCustomError(
+                "sizes",
+                "model.max_positions must not be below the longest length of curriculum and eval_lengths",
+            )
+        return self
 
 
 class CompressRecipe(Recipe):

@@ -1,0 +1,108 @@
+"""Models of the supported architectures from a recipe, initialised so that small ones learn to retrieve.
+
+Embeddings and query/key biases at standard deviation 0.5, projections at 1/sqrt(fan in), half of that for the
+ones that write to the residual.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pikv_core.recipes import ModelRecipe
+
+EMBEDDING_STD = 0.5
+QK_BIAS_STD = 0.5
+
+
+def build_model(recipe: ModelRecipe, vocab_size: int) -> Any:
+    """Return a float32 causal language model of transformers, its weights drawn from torch's generator."""
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": recipe.hidden_size,
+        "intermediate_size": recipe.ffn_size if recipe.arch == "llama" else recipe.expert_size,
+        "num_hidden_layers": recipe.num_layers,
+        "num_attention_heads": recipe.num_heads,
+        "num_key_value_heads": recipe.num_kv_heads,
+        "head_dim": recipe.head_dim or recipe.hidden_size // recipe.num_heads,
+        "max_position_embeddings": recipe.max_positions,
+        "rope_parameters": {"rope_type": "default", "rope_theta": recipe.rope_theta},
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    model = _BUILDERS[recipe.arch](recipe, sizes)
+    initialise(model)
+    return model
+
+
+def _llama(recipe: ModelRecipe, sizes: dict[str, Any]) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(attention_bias=recipe.attention_bias, **sizes))
+
+
+def _mixtral(recipe: ModelRecipe, sizes: dict[str, Any]) -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(
+        MixtralConfig(
+            num_local_experts=recipe.num_experts,
+            num_experts_per_tok=recipe.top_k,
+            router_aux_loss_coef=recipe.balance_loss,
+            **sizes,
+        )
+    )
+
+
+def _qwen3_moe(recipe: ModelRecipe, sizes: dict[str, Any]) -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            num_experts=recipe.num_experts,
+            num_experts_per_tok=recipe.top_k,
+            moe_intermediate_size=recipe.expert_size,
+            norm_topk_prob=True,
+            router_aux_loss_coef=recipe.balance_loss,
+            attention_bias=recipe.attention_bias,
+            **sizes,
+        )
+    )
+
+
+def _pikv(recipe: ModelRecipe, sizes: dict[str, Any]) -> nn.Module:
+    from pikv_core.model import PiKVConfig, PiKVForCausalLM
+
+    return PiKVForCausalLM(
+        PiKVConfig(
+            num_experts=recipe.num_experts,
+            num_experts_per_tok=recipe.top_k,
+            router=recipe.router,
+            balance_loss=recipe.balance_loss,
+            z_loss=recipe.z_loss,
+            qk_bias=recipe.attention_bias,
+            **sizes,
+        )
+    )
+
+
+_BUILDERS = {"llama": _llama, "mixtral": _mixtral, "qwen3_moe": _qwen3_moe, "pikv": _pikv}
+
+
+@torch.no_grad()
+def initialise(model: Any) -> None:
+    """Draw the weights anew; every architecture names its parts as Llama and Mixtral do."""
+    nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 3:
+            nn.init.normal_(weight, std=weight.shape[2] ** -0.5)
+        elif name.endswith("_proj.weight"):
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5 * (0.5 if writes else 1.0))
+        elif name.endswith(("q_proj.bias", "k_proj.bias")):
+            nn.init.normal_(weight, std=QK_BIAS_STD)

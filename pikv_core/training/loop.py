@@ -1,0 +1,123 @@
+"""The training loop: a step is a function of the seed, its number and the state before it, so resuming is exact."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pikv_core.data.source import Source
+from pikv_core.errors import PiKVError
+from pikv_core.recipes import TrainSettings
+from pikv_core.runs import Run
+from pikv_core.training.checkpoint import (
+    Checkpoint,
+    drop_metrics_after,
+    load_checkpoint,
+    save_checkpoint,
+)
+from pikv_core.training.curriculum import Curriculum
+from pikv_core.training.gates import Gates
+from pikv_core.training.hardware import Hardware
+from pikv_core.training.interrupt import Interrupt
+from pikv_core.training.objective import score
+from pikv_core.training.optimizers import Optimizers
+
+
+@dataclass
+class Loop:
+    """Everything a step touches."""
+
+    run: Run
+    model: Any
+    source: Source
+    gates: Gates
+    settings: TrainSettings
+    hardware: Hardware
+    curriculum: Curriculum
+    optimizers: Optimizers
+
+    def train(self) -> tuple[int, float]:
+        """Run all steps that are left; return their total number and this process's tokens per second."""
+        step = self._restore()
+        begun, num_tokens = time.perf_counter(), 0
+        self.model.train()
+        with Interrupt() as interrupt:
+            while not self.curriculum.is_over(step):
+                num_tokens += self._step(step, num_tokens / max(1e-9, time.perf_counter() - begun))
+                step += 1
+                if interrupt.wanted:
+                    self._save(step)
+                    self.run.telemetry.close()
+                    raise PiKVError(
+                        f"interrupted at step {step}",
+                        hint=f"go on with `pikv train --resume {self.run.folder}`",
+                    )
+                if step % self.settings.checkpoint_every == 0:
+                    self._save(step)
+        return step, num_tokens / max(1e-9, time.perf_counter() - begun)
+
+    def _step(self, step: int, tokens_per_s: float) -> int:
+        length, lr = self.curriculum.length(step), self.curriculum.lr(step)
+        num_samples = max(1, self.settings.batch_tokens // length)
+        rng = np.random.default_rng([self.run.recipe.seed, step])
+        batch = self.source.batch(rng, num_samples, length)
+        with_text = self.settings.filler_loss > 0 or not batch.answer_mask.any()
+        with self.hardware.autocast():
+            scores, outputs = score(self.model, batch, with_text)
+            loss = scores.objective(self.settings.filler_loss)
+            total = loss + self.gates.loss(outputs)
+        total.backward()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise PiKVError(f"the loss is {value} at step {step}", hint="lower train.lr or train.clip_norm")
+        self.optimizers.step(lr)
+        accuracy = int(scores.num_correct) / scores.num_answers if scores.num_answers else None
+        stage = self.curriculum.observe(step, accuracy)
+        if stage is not None:
+            self.run.reporter.status(
+                f"length {stage['length']} mastered after {stage['num_steps']} steps, {step + 1} in all"
+            )
+        self.run.reporter.progress(
+            f"training: step {step + 1}, length {length}, loss {value:.3f}", step + 1, self.settings.max_steps
+        )
+        if (step + 1) % self.settings.log_every == 0:
+            self._log(step + 1, value, accuracy, length, lr, tokens_per_s)
+        return num_samples * length
+
+    def _log(self, step: int, loss: float, accuracy: float | None, length: int, lr: float, tokens_per_s: float) -> None:
+        values = {"train/loss": loss, "train/length_tokens": length, "train/lr": lr}
+        if accuracy is not None:
+            values |= {"train/accuracy": accuracy, "train/accuracy_average": self.curriculum.accuracy}
+        self.run.telemetry.metrics(step, values)
+        self.run.telemetry.scalar("train/tokens_per_s", tokens_per_s, step)
+
+    def _save(self, step: int) -> None:
+        save_checkpoint(
+            self.run.folder,
+            Checkpoint(
+                step,
+                self.model.state_dict(),
+                self.optimizers.state_dict(),
+                self.curriculum.state_dict(),
+                torch.get_rng_state(),
+            ),
+        )
+
+    def _restore(self) -> int:
+        """Take over the run's newest checkpoint; return the number of steps it has behind it."""
+        checkpoint = load_checkpoint(self.run.folder) if self.run.resumed else None
+        step = checkpoint.step if checkpoint else 0
+        drop_metrics_after(self.run.folder, step)
+        if checkpoint is not None:
+            self.model.load_state_dict(checkpoint.weights)
+            self.optimizers.load_state_dict(checkpoint.optimizers)
+            self.curriculum.load_state_dict(checkpoint.curriculum)
+            torch.set_rng_state(checkpoint.random_state)
+        if self.run.resumed:
+            self.run.reporter.status(f"going on after step {step}")
+        return step

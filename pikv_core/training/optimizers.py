@@ -1,0 +1,67 @@
+"""The optimizers: Muon on the matrices inside the blocks, AdamW on everything else, or AdamW alone.
+
+Muon after https://kellerjordan.github.io/posts/muon, its step scaled to that of AdamW (2502.16982), so that one
+learning rate serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pikv_core.recipes import TrainSettings
+
+BETAS = (0.9, 0.95)
+
+
+class Optimizers:
+    """One step, one learning rate and one state over all optimizers of a model."""
+
+    def __init__(self, model: Any, settings: TrainSettings):
+        self._clip_norm = settings.clip_norm
+        self._weights = [weight for weight in model.parameters() if weight.requires_grad]
+        decay = settings.weight_decay
+        outside = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+        groups: dict[str, list[Tensor]] = {"muon": [], "decayed": [], "plain": []}
+        for name, weight in model.named_parameters():
+            if weight.dim() < 2 or id(weight) in outside:
+                groups["plain"].append(weight)
+            elif settings.optimizer == "muon" and weight.dim() == 2 and not name.endswith("gate.weight"):
+                groups["muon"].append(weight)
+            else:
+                groups["decayed"].append(weight)
+        self._all: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                [
+                    {"params": groups["decayed"], "weight_decay": decay},
+                    {"params": groups["plain"], "weight_decay": 0.0},
+                ],
+                lr=settings.lr,
+                betas=BETAS,
+            )
+        ]
+        if groups["muon"]:
+            self._all.append(
+                torch.optim.Muon(groups["muon"], lr=settings.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            )
+
+    def step(self, lr: float) -> None:
+        """Clip the gradients, move the weights, and forget the gradients."""
+        torch.nn.utils.clip_grad_norm_(self._weights, self._clip_norm)
+        for optimizer in self._all:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return the states, to be saved."""
+        return [optimizer.state_dict() for optimizer in self._all]
+
+    def load_state_dict(self, states: Iterable[dict[str, Any]]) -> None:
+        """Take over saved states."""
+        for optimizer, state in zip(self._all, states, strict=True):
+            optimizer.load_state_dict(state)

@@ -13,11 +13,17 @@ from pikv_cli import options, output
 @options.verb
 def gen_data(
     shared: options.Shared,
-    task: Annotated[str | None, typer.Argument(help="text, recall or requests.")] = None,
+    task: Annotated[str | None, typer.Argument(help="recall, requests or text.")] = None,
     text: options.TextPaths = (),  # type: ignore[assignment]
-    column: Annotated[str | None, typer.Option(help="The text column of jsonl and parquet files.")] = None,
-    filler: Annotated[str | None, typer.Option(metavar="text|synthetic", help="Between needles.")] = None,
-    num_samples: Annotated[int | None, typer.Option(help="How many.")] = None,
+    column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The text column of jsonl and parquet files.")
+    ] = None,
+    filler: Annotated[
+        str | None, typer.Option(metavar="synthetic|text", help="What lies between recall's needles.")
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(help="Samples, both splits together; of text, documents at most.")
+    ] = None,
 ) -> None:
     """Write a task's data: samples in a train and a test split, tokenizer, manifest with sha256."""
     flags = {
@@ -31,6 +37,4 @@ def gen_data(
 
 
 def _show(result: Any, folder: Path) -> None:
-    output.print_table(
-        f"{result.task}: {folder}", ["file", "num_samples", "num_bytes", "sha256"], result.files
-    )
+    output.print_table(f"{result.task}: {folder}", ["file", "num_samples", "num_bytes", "sha256"], result.files)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from pydantic import PositiveInt
 from pydantic_core import PydanticCustomError
 
 from pikv_core.data import TASKS, corpus, samples, tokenizer, tokens
@@ -20,7 +21,6 @@ from pikv_core.data.needles import Layout, RecallBatch, sample
 from pikv_core.data.words import KEYS, VALUES
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.files import write_json
-from pikv_core.recipes import Positive
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -40,13 +40,13 @@ class Recall:
     """Options of the task; a folder of gen-data wins over what is left at its default."""
 
     filler: Literal["synthetic", "text"] = "synthetic"
-    num_keys: Positive = 128
-    num_values: Positive = 64
-    num_filler: Positive = 256  # words of the synthetic filler
-    vocab_size: Positive = 2048  # tokens of all kinds, with filler "text"
-    max_pairs: Positive = 32  # needles in a long sample; 16 are many for a small model in real text
-    max_questions: Positive = 16
-    length: Positive = 512  # tokens of a sample that gen-data writes; batches have any length
+    num_keys: PositiveInt = 128
+    num_values: PositiveInt = 64
+    num_filler: PositiveInt = 256  # words of the synthetic filler
+    vocab_size: PositiveInt = 2048  # tokens of all kinds, with filler "text"
+    max_pairs: PositiveInt = 32  # needles in a long sample; 16 are many for a small model in real text
+    max_questions: PositiveInt = 16
+    length: PositiveInt = 512  # tokens of a sample that gen-data writes; batches have any length
 
     def __post_init__(self) -> None:
         if self.filler == "synthetic":

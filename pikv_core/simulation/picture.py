@@ -23,7 +23,7 @@ def draw(whole: Curve, rows: list[dict[str, Any]], path: Path) -> None:
     axes.plot(capacities, ratio[capacities], label=f"lru, {whole.touch} touch, every capacity")
     for policy in dict.fromkeys(row["policy"] for row in rows):
         points = sorted((row["capacity_blocks"], row["block_hit_ratio"]) for row in rows if row["policy"] == policy)
-        axes.plot(*zip(*points), marker="o", markersize=4, linestyle="--", linewidth=0.8, label=policy)
+        axes.plot(*zip(*points), "o", markersize=5, label=policy)
     axes.set(xscale="log", xlabel="capacity (blocks)", ylabel="prefix block hit ratio")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

@@ -1,6 +1,7 @@
 """Evict the block whose next access is farthest (Belady 1966): the most object hits there are.
 
-It knows the future. Its prefix hits bound no other policy's: it may keep a block whose predecessor in the prompt is gone.
+It knows the future. Its prefix hits bound no other policy's: it may keep a block whose predecessor in the
+prompt is gone.
 """
 
 from __future__ import annotations

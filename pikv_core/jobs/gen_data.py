@@ -14,6 +14,7 @@ from pikv_core.components import build
 from pikv_core.data import TASKS
 from pikv_core.data.corpus import DESCRIPTION
 from pikv_core.data.manifest import MANIFEST, read_json
+from pikv_core.errors import PiKVError
 from pikv_core.files import sha256, write_json
 from pikv_core.recipes import GenDataRecipe
 from pikv_core.runs import Run, plain
@@ -38,8 +39,7 @@ def run(recipe: GenDataRecipe, run: Run) -> Result:
         assert counts.keys() <= set(names)
         files = [_row(stage, name, counts.get(name)) for name in names]
         corpus = read_json(stage / DESCRIPTION) if DESCRIPTION in names else None
-        for entry in sorted(stage.iterdir()):
-            shutil.move(entry, run.folder / entry.name)
+        _move(stage, run.folder)
     write_json(
         run.folder / MANIFEST,
         {
@@ -56,6 +56,14 @@ def run(recipe: GenDataRecipe, run: Run) -> Result:
     result = Result(recipe.task.name, str(run.folder), files)
     run.finish(result)
     return result
+
+
+def _move(stage: Path, folder: Path) -> None:
+    try:
+        for entry in sorted(stage.iterdir()):
+            shutil.move(entry, folder / entry.name)
+    except OSError as error:
+        raise PiKVError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
 def _versions() -> dict[str, str]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import draw_documents
 
 from pikv_core import recipes
 from pikv_core.components import build
@@ -27,8 +26,10 @@ def generate(out: Path, task: Any, **settings: Any) -> gen_data.Result:
 
 
 @pytest.mark.parametrize("task", [*TASKS.names(), {"name": "recall", "filler": "text", "length": 200}])
-def test_every_file_is_described_and_the_same_twice(task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stdlib_text, "read", lambda: draw_documents(80, seed=2))
+def test_every_file_is_described_and_the_same_twice(
+    task: Any, documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stdlib_text, "read", lambda: documents)
     first, again = (generate(tmp_path / name, task, seed=7) for name in ("first", "again"))
     assert first.files == again.files
     assert first.files
@@ -87,7 +88,8 @@ def test_samples_say_where_their_answers_are(filler: str, tmp_path: Path, text_f
 @pytest.mark.parametrize("name", ["recall", "text"])
 def test_a_written_folder_opens_with_its_own_settings(name: str, tmp_path: Path, text_folder: Path) -> None:
     options = {"filler": "text", "num_keys": 40} if name == "recall" else {}
-    generate(tmp_path / "data", {"name": name, "vocab_size": 520, **options}, text=[str(text_folder)])
+    written = {"name": name, "vocab_size": 520, **options}
+    generate(tmp_path / "data", written, text=[str(text_folder)], num_samples=100)
     task = build(TASKS, recipes.GenDataRecipe(task=name).task)
     source = task.open(str(tmp_path / "data"), 0, [], None, Reporter())
     assert source.vocab_size == 520

@@ -38,9 +38,7 @@ def _root(version: bool = typer.Option(False, "--version", callback=_show_versio
 
 
 # Typer exports the usage error it raises, and that error's base stands for all of its family.
-_ParserError: type[Exception] = next(
-    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
-)
+_ParserError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 def main() -> None:
@@ -57,11 +55,7 @@ def main() -> None:
     except _ParserError as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "pikv")
         message = error.format_message()  # type: ignore[attr-defined]
-        code = (
-            0
-            if not message
-            else _fail(message[0].lower() + message[1:].rstrip("."), f"see `{command} --help`", 2)
-        )
+        code = 0 if not message else _fail(message[0].lower() + message[1:].rstrip("."), f"see `{command} --help`", 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -15,21 +15,13 @@ COLUMNS = ["policy", "codec", "budget", "resident_bytes", "full_bytes", "share",
 @options.verb
 def compress(
     shared: options.Shared,
-    model: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Model or run folder, or a hub id.")
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option(metavar="A,B+C", help="Policies, codecs, policy+codec.")
-    ] = None,
-    budget: Annotated[
-        str | None, typer.Option(metavar="0.5,512", help="Shares, tokens or bytes (64MiB).")
-    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="DIR", help="Model or run folder, or a hub id.")] = None,
+    method: Annotated[str | None, typer.Option(metavar="A,B+C", help="Policies, codecs, policy+codec.")] = None,
+    budget: Annotated[str | None, typer.Option(metavar="0.5,512", help="Shares, tokens or bytes (64MiB).")] = None,
     allocation: Annotated[str | None, typer.Option(help="How the budget is spread over layers.")] = None,
     text: options.TextPaths = (),  # type: ignore[assignment]
     column: Annotated[str | None, typer.Option(help="The text column of jsonl and parquet files.")] = None,
-    question: Annotated[
-        str | None, typer.Option(metavar="inside|after", help="Whether policies see it.")
-    ] = None,
+    question: Annotated[str | None, typer.Option(metavar="inside|after", help="Whether policies see it.")] = None,
 ) -> None:
     """Compare cache methods on a model: perplexity, recall by depth, attention error, bytes, ms per token."""
     flags = {

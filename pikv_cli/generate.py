@@ -14,18 +14,12 @@ from pikv_cli import options
 def generate(
     shared: options.Shared,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - or nothing reads stdin.")] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Model or run folder, or a hub id.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="DIR", help="Model or run folder, or a hub id.")] = None,
     policy: Annotated[str | None, typer.Option(help="Which tokens stay or are read.")] = None,
-    budget: Annotated[
-        str | None, typer.Option(metavar="0.5|512|64MiB", help="Share, tokens or bytes.")
-    ] = None,
+    budget: Annotated[str | None, typer.Option(metavar="0.5|512|64MiB", help="Share, tokens or bytes.")] = None,
     allocation: Annotated[str | None, typer.Option(help="How the budget is spread over layers.")] = None,
     codec: Annotated[str | None, typer.Option(help="How a stored token is represented.")] = None,
-    prompt_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Read the prompt from a file.")
-    ] = None,
+    prompt_file: Annotated[str | None, typer.Option(metavar="FILE", help="Read the prompt from a file.")] = None,
     prompts: Annotated[str | None, typer.Option(metavar="JSONL", help="Many prompts: key `prompt`.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Prompts at a time.")] = None,
     chat: Annotated[bool | None, typer.Option("--chat", help="Wrap the prompt in the chat template.")] = None,

@@ -14,9 +14,7 @@ import typer
 
 from pikv_cli import output
 
-TextPaths = Annotated[
-    list[str], typer.Option("--text", metavar="PATH", help="Text files or folders of yours.")
-]
+TextPaths = Annotated[list[str], typer.Option("--text", metavar="PATH", help="Text files or folders of yours.")]
 
 
 @dataclass
@@ -25,21 +23,13 @@ class Shared:
 
     recipe: Annotated[Path | None, typer.Option(help="A YAML recipe; flags and --set win over it.")] = None
     set: Annotated[list[str], typer.Option(metavar="KEY=VALUE", help="Override a recipe key, dotted.")] = ()  # type: ignore[assignment]
-    out: Annotated[str | None, typer.Option(help="Run folder (default: the next free one under runs/).")] = (
-        None
-    )
+    out: Annotated[str | None, typer.Option(help="Run folder (default: the next free one under runs/).")] = None
     device: Annotated[str | None, typer.Option(metavar="auto|cpu|cuda", help="Where to run.")] = None
-    dtype: Annotated[str | None, typer.Option(metavar="auto|float32|bfloat16|float16", help="Precision.")] = (
-        None
-    )
+    dtype: Annotated[str | None, typer.Option(metavar="auto|float32|bfloat16|float16", help="Precision.")] = None
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None
-    plugin: Annotated[
-        list[str], typer.Option(metavar="FILE", help="A Python file with members of its own.")
-    ] = ()  # type: ignore[assignment]
-    json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON on stdout, nothing else.")
-    ] = False
+    plugin: Annotated[list[str], typer.Option(metavar="FILE", help="A Python file with members of its own.")] = ()  # type: ignore[assignment]
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, nothing else.")] = False
     check: Annotated[bool, typer.Option("--check", help="Print the resolved recipe, run nothing.")] = False
 
     def run(
@@ -79,11 +69,7 @@ class Shared:
 
 def verb(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command the shared options: its parameter `shared` becomes one flag per field of Shared."""
-    own = [
-        item
-        for item in inspect.signature(function, eval_str=True).parameters.values()
-        if item.name != "shared"
-    ]
+    own = [item for item in inspect.signature(function, eval_str=True).parameters.values() if item.name != "shared"]
     shared = [
         item.replace(kind=inspect.Parameter.KEYWORD_ONLY)
         for item in inspect.signature(Shared, eval_str=True).parameters.values()

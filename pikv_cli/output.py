@@ -39,11 +39,7 @@ def cell(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return (
-            f"{value:.4g}"
-            if abs(value) >= 1000 or 0 < abs(value) < 1e-3
-            else f"{value:.4f}".rstrip("0").rstrip(".")
-        )
+        return f"{value:.4g}" if abs(value) >= 1000 or 0 < abs(value) < 1e-3 else f"{value:.4f}".rstrip("0").rstrip(".")
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

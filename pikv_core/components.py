@@ -44,9 +44,7 @@ class MemberOf:
         options = dict(value) if isinstance(value, Mapping) else {"name": value}
         name = options.pop("name", None)
         if not isinstance(name, str):
-            raise PydanticCustomError(
-                "component", "{text}", {"text": f"expected the name of a {registry.kind}"}
-            )
+            raise PydanticCustomError("component", "{text}", {"text": f"expected the name of a {registry.kind}"})
         component_check(registry, name)
         if options:
             check_options(registry[name], options, registry.kind)
@@ -83,8 +81,7 @@ def check_options(member: Any, options: Mapping[str, Any], kind: str) -> None:
             "{text}",
             {
                 "text": "; ".join(
-                    f"{kind} '{member.name}' has no option '{name}'{closest(name, allowed)}"
-                    for name in unknown
+                    f"{kind} '{member.name}' has no option '{name}'{closest(name, allowed)}" for name in unknown
                 )
                 + f"; it takes: {', '.join(allowed) or 'none'}"
             },

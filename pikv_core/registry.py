@@ -39,9 +39,7 @@ class Registry:
         def decorate(member: Any) -> Any:
             present = self._classes.get(name)
             if present is not None and present.__module__ != member.__module__:
-                raise PiKVError(
-                    f"{self.kind} '{name}' is defined in {present.__module__} and {member.__module__}"
-                )
+                raise PiKVError(f"{self.kind} '{name}' is defined in {present.__module__} and {member.__module__}")
             member.name = name
             self._classes[name] = member
             return member

@@ -7,9 +7,7 @@ import torch
 from pikv_kernels.partial_attention import Partial
 
 
-def merge_partials(
-    parts: list[Partial], sinks: torch.Tensor | None = None
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def merge_partials(parts: list[Partial], sinks: torch.Tensor | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the joint output [B,G,N,D] and each part's share [B,G,N] float32 of the softmax mass.
 
     sinks: logits [G,N] that take mass and give nothing (attention sinks of gpt-oss). Rows that see nothing get 0.

@@ -16,7 +16,5 @@ def page_scores(query: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor
     """
     positive = query.clamp(min=0).sum(dim=2, keepdim=True)
     negative = query.clamp(max=0).sum(dim=2, keepdim=True)
-    score = torch.matmul(positive, highest.transpose(-1, -2)) + torch.matmul(
-        negative, lowest.transpose(-1, -2)
-    )
+    score = torch.matmul(positive, highest.transpose(-1, -2)) + torch.matmul(negative, lowest.transpose(-1, -2))
     return score[:, :, 0]

@@ -51,9 +51,7 @@ def plain_attention(
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scale)
 
 
-def causal_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
-) -> torch.Tensor:
+def causal_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
     """Attend query [B,H,T,D] over the same T tokens' keys and values [B,G,T,D], each over itself and before."""
     groups = query.shape[1] // keys.shape[1]
     if groups > 1:

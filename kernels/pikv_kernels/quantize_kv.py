@@ -22,8 +22,6 @@ def quantize(values: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor
     return codes.to(torch.uint8), scale, zero
 
 
-def dequantize(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return codes · scale + zero in `dtype`, computed in float32."""
     return torch.addcmul(zero.float(), codes.float(), scale.float()).to(dtype)

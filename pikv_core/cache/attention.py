@@ -35,9 +35,9 @@ class DeferredMask:
         return self._newest[1]
 
 
-def deferred_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> DeferredMask:
+def deferred_mask(**arguments: Any) -> DeferredMask:
     """Take the place of `sdpa_mask`, which is built only if a stock cache asks for it."""
-    return DeferredMask(attention_mask, lambda: sdpa_mask(*args, attention_mask=attention_mask, **kwargs))
+    return DeferredMask(arguments.get("attention_mask"), lambda: sdpa_mask(**arguments))
 
 
 def pikv_attention(
@@ -53,12 +53,8 @@ def pikv_attention(
     """Attend query [B,H,T,D] through the layer given as `key`; return output [B,T,H,D]."""
     if not isinstance(key, CacheLayer):
         mask = attention_mask.build() if isinstance(attention_mask, DeferredMask) else attention_mask
-        return sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    assert attention_mask is None or isinstance(attention_mask, DeferredMask), (
-        "a 4-D mask cannot follow evictions"
-    )
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+    assert attention_mask is None or isinstance(attention_mask, DeferredMask), "a 4-D mask cannot follow evictions"
     is_token = None if attention_mask is None else attention_mask.is_token(query.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = key.attend(query, scale, is_token, kwargs.get("softcap"), kwargs.get("s_aux"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -60,6 +60,11 @@ class PiKVCache(Cache):
             recipe = CacheRecipe(**recipe)
         return cls(config, recipe if isinstance(recipe, CacheRecipe) else recipe.cache)
 
+    @property
+    def own_layers(self) -> list[CacheLayer]:
+        """The layers, as what they are."""
+        return cast("list[CacheLayer]", self.layers)
+
     def attach(self, model: PreTrainedModel) -> PiKVCache:
         """Make `model` attend through this cache's entry, and return the cache."""
         model.set_attn_implementation(ENTRY)
@@ -68,36 +73,36 @@ class PiKVCache(Cache):
     @property
     def resident_bytes(self) -> int:
         """Bytes of live storage over all layers."""
-        return sum(layer.resident_bytes for layer in self.layers)
+        return sum(layer.resident_bytes for layer in self.own_layers)
 
     @property
     def full_bytes(self) -> int:
         """Bytes that transformers' own cache would hold for the same tokens and dtype."""
-        return sum(layer.full_bytes for layer in self.layers)
+        return sum(layer.full_bytes for layer in self.own_layers)
 
     @property
     def num_stored(self) -> list[int]:
         """Slots per head of each layer."""
-        return [layer.num_stored for layer in self.layers]
+        return [layer.num_stored for layer in self.own_layers]
 
     def retrieve(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return a layer's keys and values [B,G,S,D], decoded, and their true positions [B,G,S] (-1: empty)."""
-        return self.layers[layer].retrieve()
+        return self.own_layers[layer].retrieve()
 
     def hold(self) -> None:
         """Keep all that arrives, whatever the budget, until `compress`; statistics go on."""
-        for layer in self.layers:
+        for layer in self.own_layers:
             layer.held = True
 
     def compress(self) -> None:
         """End `hold`: drop what is over budget and encode."""
-        for layer in self.layers:
+        for layer in self.own_layers:
             layer.held = False
             layer.compress()
 
     def rewind(self, num_tokens: int) -> None:
         """Forget the newest tokens, fed while the cache was held."""
-        for layer in self.layers:
+        for layer in self.own_layers:
             layer.rewind(num_tokens)
 
     def _note_peak(self) -> None:

@@ -86,9 +86,7 @@ class CacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         B, G, _, D = key_states.shape
         shape = Shape(self.num_layers, B, G, D, key_states.dtype)
-        self.budget = self._asked_budget.resolve(
-            shape, self.codec, len(self._evictor.columns if self._evictor else ())
-        )
+        self.budget = self._asked_budget.resolve(shape, self.codec, len(self._evictor.columns if self._evictor else ()))
         self.num_seen = torch.zeros(B, dtype=torch.int64)
         self.dtype, self.device, self._shape = key_states.dtype, key_states.device, shape
         self.is_initialized = True
@@ -97,7 +95,7 @@ class CacheLayer(CacheLayerMixin):
         """Take new keys and values [B,G,T,D]; the attention entry gets this layer in place of tensors."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._new = (key_states, value_states)
+        self.arrived = (key_states, value_states)
         return self, self
 
     def get_seq_length(self, *args: Any) -> int:
@@ -125,8 +123,11 @@ class CacheLayer(CacheLayerMixin):
             return
         rows = torch.arange(len(self.num_seen))[indices.cpu()]
         self.num_seen = self.num_seen[rows]
-        for part in (*self.stores, *([self._bounds] if self._bounds else [])):
-            part.select_rows(rows.to(self.device))
+        rows = rows.to(self.device)
+        for store in self.stores:
+            store.select_rows(rows)
+        if self._bounds is not None:
+            self._bounds.select_rows(rows)
         self._on_change()
 
     # --- measurements ----------------------------------------------------------------------------------------
@@ -177,19 +178,14 @@ class CacheLayer(CacheLayerMixin):
         query: [B,H,T,D]. is_token: bool [B,T], False for padding among the new tokens; None where there is none.
         sinks: logits [H] that take attention and give nothing.
         """
-        keys, values = self._new
-        del self._new
+        keys, values = self.arrived
+        del self.arrived
         position = self._arrive(keys, values, is_token)
         special = softcap is not None or sinks is not None or is_token is not None
         weigh = self._evictor is not None and self._evictor.needs_mass
         if special or weigh or len(self.stores) > 1:
             output = self._attend_in_chunks(query, position, scale, softcap, sinks, weigh)
-        elif (
-            query.shape[2] == self.num_stored
-            and query.shape[2] > 1
-            and self.window is None
-            and not self._has_empty
-        ):
+        elif query.shape[2] == self.num_stored and query.shape[2] > 1 and self.window is None and not self._has_empty:
             keys, values = self.tail.decoded()
             output = causal_attention(query, keys, values, scale)
         elif query.shape[2] == 1:
@@ -200,9 +196,7 @@ class CacheLayer(CacheLayerMixin):
             self.compress()
         return output
 
-    def _arrive(
-        self, keys: torch.Tensor, values: torch.Tensor, is_token: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _arrive(self, keys: torch.Tensor, values: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
         """Append new tokens to the tail; return their positions [B,T]."""
         B, G, T, _ = keys.shape
         start = self.num_seen.to(keys.device)[:, None]
@@ -280,11 +274,7 @@ class CacheLayer(CacheLayerMixin):
     def _read(self, store: Store, query: torch.Tensor) -> Store:
         """Return what a single query reads of a store: the selector's pages of it, or all."""
         selector, bounds = self._selector, self._bounds
-        if (
-            not isinstance(selector, Selector)
-            or bounds is None
-            or (self.body is not None and store is self.tail)
-        ):
+        if not isinstance(selector, Selector) or bounds is None or (self.body is not None and store is self.tail):
             return store
         capacity = int(self._capacity().max())
         others = self.num_stored - store.num_slots
@@ -309,9 +299,7 @@ class CacheLayer(CacheLayerMixin):
         """Tokens per head [B] that may stay, on the CPU."""
         capacity = self.num_seen
         if self._evictor is not None or self._selector is not None:
-            capacity = self.allocation.capacity(
-                self.budget.tokens(self.num_seen), self.index, self.num_layers
-            )
+            capacity = self.allocation.capacity(self.budget.tokens(self.num_seen), self.index, self.num_layers)
         return capacity if self.window is None else capacity.clamp(max=max(1, self.window - 1))
 
     def _evict(self) -> None:
@@ -355,8 +343,7 @@ class CacheLayer(CacheLayerMixin):
             score = position.float()
         else:
             columns = {
-                name: torch.cat([store.columns()[name] for store in stores], dim=2)
-                for name in self._evictor.columns
+                name: torch.cat([store.columns()[name] for store in stores], dim=2) for name in self._evictor.columns
             }
             tokens = Tokens(position, columns, self.num_seen.to(self.device), capacity.to(self.device))
             score = self._evictor.score(tokens)

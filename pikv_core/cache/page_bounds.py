@@ -42,9 +42,7 @@ class PageBounds:
         pages = -(-(self.num_slots + T) // self.page_tokens)
         self._grow(pages, keys)
         assert self._bounds is not None
-        page = (
-            torch.arange(self.num_slots, self.num_slots + T, device=keys.device) // self.page_tokens - first
-        )
+        page = torch.arange(self.num_slots, self.num_slots + T, device=keys.device) // self.page_tokens - first
         index = page[:, None].expand(B, G, T, D)
         changed = self._bounds[:, :, :, first:pages]
         changed[0].scatter_reduce_(2, index, low, "amin")

@@ -63,9 +63,7 @@ class Store:
         new_columns = {"position": position.to(torch.int32)}
         for name in self._column_names:
             given = (columns or {}).get(name)
-            new_columns[name] = (
-                keys.new_zeros(keys.shape[:3], dtype=torch.float32) if given is None else given
-            )
+            new_columns[name] = keys.new_zeros(keys.shape[:3], dtype=torch.float32) if given is None else given
         self._write(self._columns, new_columns, self.num_slots, 1)
         self._write(self._encoded, self.codec.encode(keys, values), self.num_slots // self.unit, self.unit)
         self.num_slots += T
@@ -135,9 +133,7 @@ class Store:
     def _slots_of(self, units: torch.Tensor) -> torch.Tensor:
         return (units[..., None] * self.unit + torch.arange(self.unit, device=units.device)).flatten(2)
 
-    def _write(
-        self, tensors: dict[str, torch.Tensor], new: dict[str, torch.Tensor], used: int, unit: int
-    ) -> None:
+    def _write(self, tensors: dict[str, torch.Tensor], new: dict[str, torch.Tensor], used: int, unit: int) -> None:
         """Write new rows behind the `used` ones of each tensor, growing it where the room is short."""
         for name, x in new.items():
             rows = used + x.shape[2]

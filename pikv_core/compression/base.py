@@ -17,13 +17,17 @@ class Codec(ABC):
     """
 
     name: ClassVar[str]
-    unit_tokens: int
-    residual: int
+
+    @property
+    @abstractmethod
+    def unit_tokens(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def residual(self) -> int: ...
 
     @abstractmethod
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> dict[str, torch.Tensor]: ...
 
     @abstractmethod
-    def decode(
-        self, encoded: dict[str, torch.Tensor], dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def decode(self, encoded: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]: ...

@@ -21,14 +21,14 @@ class Int8(Codec):
     """Store bytes and float16 scales and zero points; units are encoded once and never requantised.
 
     group: tokens of a key group, and channels of a value group (its divisor common with the head dim).
-    residual: newest tokens kept in full precision.
+    residual: newest tokens kept in full precision before they are encoded.
     """
 
     group: Annotated[int, Field(ge=8, multiple_of=8)] = 64
     residual: Annotated[int, Field(ge=0)] = 32
 
     @property
-    def unit_tokens(self) -> int:  # type: ignore[override]
+    def unit_tokens(self) -> int:
         return self.group
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -37,9 +37,7 @@ class Int8(Codec):
         B, G, N, D = keys.shape
         U, channels = N // self.group, math.gcd(self.group, D)
         # Channel-major key blocks: the scale of a channel is shared by a contiguous run of tokens.
-        key_codes, key_scale, key_zero = quantize(
-            keys.reshape(B, G, U, self.group, D).transpose(-1, -2), dim=-1
-        )
+        key_codes, key_scale, key_zero = quantize(keys.reshape(B, G, U, self.group, D).transpose(-1, -2), dim=-1)
         value_codes, value_scale, value_zero = quantize(
             values.reshape(B, G, U, self.group, D // channels, channels), dim=-1
         )
@@ -52,9 +50,7 @@ class Int8(Codec):
             "value_zero": value_zero,
         }
 
-    def decode(
-        self, encoded: dict[str, torch.Tensor], dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, encoded: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         from pikv_kernels.quantize_kv import dequantize
 
         keys = dequantize(encoded["key_codes"], encoded["key_scale"], encoded["key_zero"], dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from pikv_core.compression import CODECS
 from pikv_core.compression.base import Codec
@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 class Plain(Codec):
     """Keep keys and values as they are, token by token."""
 
-    unit_tokens: ClassVar[int] = 1
-    residual: ClassVar[int] = 0
+    @property
+    def unit_tokens(self) -> int:
+        return 1
+
+    @property
+    def residual(self) -> int:
+        return 0
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"keys": keys, "values": values}
 
-    def decode(
-        self, encoded: dict[str, torch.Tensor], dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, encoded: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         return encoded["keys"], encoded["values"]

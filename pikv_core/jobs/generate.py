@@ -169,9 +169,9 @@ class _Batch:
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-        self.inputs = tokenizer(
-            prompts, return_tensors="pt", padding=True, add_special_tokens=not recipe.chat
-        ).to(loaded.model.device)
+        self.inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not recipe.chat).to(
+            loaded.model.device
+        )
         self.inputs.pop("token_type_ids", None)
         self.num_later_tokens, self.decode_s, self.first_token_s = 0, 0.0, 0.0
 

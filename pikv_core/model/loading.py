@@ -54,7 +54,9 @@ def find_model(name: str) -> str:
             hint="give a folder that `pikv train` or save_pretrained wrote",
         )
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise PiKVError(f"{name}: no such model folder", hint="`pikv train` writes one; a hub id has the form owner/name")
+        raise PiKVError(
+            f"{name}: no such model folder", hint="`pikv train` writes one; a hub id has the form owner/name"
+        )
     return name
 
 
@@ -79,4 +81,5 @@ def load_model(name: str, recipe: Recipe) -> LoadedModel:
             f"model '{name}': no such folder, and the hub did not give it: {reason}",
             hint="check the name and the connection, or download it elsewhere and give the folder",
         ) from error
-    return LoadedModel(model.to(device).eval(), tokenizer, source)
+    model.to(device)  # type: ignore[arg-type]
+    return LoadedModel(model.eval(), tokenizer, source)

@@ -1,0 +1,184 @@
+"""What a cache is measured on: prompts whose answers only the context gives, and real text to go on with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pikv_core.data import corpus, tokens
+from pikv_core.data.recall import RecallSource, has_recall
+from pikv_core.data.words import KEYS
+from pikv_core.errors import PiKVError
+from pikv_core.model.loading import LoadedModel
+
+if TYPE_CHECKING:
+    from pikv_core.runs import Reporter
+
+MOST_UNKNOWN = 0.05  # share of unknown tokens above which a tokenizer does not speak the text
+NUM_NATURAL_QUESTIONS = 8
+
+
+@dataclass(frozen=True)
+class RecallPrompts:
+    """Token ids on the CPU: context [N,C], questions [N,Q,A], answers [N,Q,L]; depth [N,Q] of each asked needle."""
+
+    context: torch.Tensor
+    questions: torch.Tensor
+    answers: torch.Tensor
+    depth: torch.Tensor
+    source: str
+
+    def joined(self, num_samples: int) -> torch.Tensor:
+        """Return the first samples as they were trained on [N,T]: context, then question and answer in turn."""
+        asked = torch.cat([self.questions, self.answers], dim=-1)[:num_samples]
+        return torch.cat([self.context[:num_samples], asked.flatten(1)], dim=1)
+
+
+@dataclass(frozen=True)
+class TextWindows:
+    """Windows [N,T] of held-out text, and where it comes from."""
+
+    ids: torch.Tensor
+    source: str
+
+
+def read_text(
+    loaded: LoadedModel, paths: list[str], column: str | None, seed: int, reporter: Reporter
+) -> tuple[np.ndarray, str] | None:
+    """Return held-out text as one stream of the model's tokens, and its source.
+
+    The user's files, else what the model's folder holds out, else the embedded corpus. None where the embedded
+    corpus is foreign to the tokenizer (a model of drawn words); files of the user's that are raise PiKVError.
+    """
+    folder = loaded.folder
+    if not paths and folder is not None and (held := _held_out(folder)) is not None:
+        return held, "the model's held-out text"
+    documents = corpus.load(paths, column, seed, reporter)
+    tokenizer = loaded.tokenizer
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encoded = tokenizer(documents.test, add_special_tokens=False)["input_ids"]
+    stream = np.concatenate([np.asarray(ids + end, dtype=np.int64) for ids in encoded])
+    unknown = tokenizer.unk_token_id
+    share = float((stream == unknown).mean()) if unknown is not None else 0.0
+    if share <= MOST_UNKNOWN:
+        return stream, documents.source
+    if paths:
+        raise PiKVError(
+            f"{', '.join(paths)}: the model's tokenizer does not know {share:.0%} of the words",
+            hint="give text that the model was trained for, or none: then its own held-out data are used",
+        )
+    return None
+
+
+def text_windows(stream: np.ndarray, source: str, num_texts: int, length: int, seed: int) -> TextWindows:
+    """Return `num_texts` windows of `length` tokens, spread evenly over the stream from a seeded start."""
+    room = len(stream) - length
+    if room < 0:
+        raise PiKVError(
+            f"the text holds {len(stream)} tokens, a window takes {length}",
+            hint="give more text, or lower context_tokens and continuation_tokens",
+        )
+    first = np.random.default_rng(seed).integers(0, max(1, room // num_texts))
+    starts = np.linspace(first, room, num_texts).astype(np.int64)
+    return TextWindows(torch.from_numpy(np.stack([stream[s : s + length] for s in starts])), source)
+
+
+def recall_prompts(
+    loaded: LoadedModel, stream: np.ndarray | None, num_queries: int, length: int, seed: int
+) -> RecallPrompts:
+    """Return prompts of `length` tokens in all with at least `num_queries` questions together.
+
+    A model that was trained on the recall task is asked in its own words; any other one gets sentences with
+    numbers, scattered through `stream`.
+    """
+    rng = np.random.default_rng([seed, 1])
+    folder = loaded.folder
+    if folder is not None and has_recall(folder):
+        return _task_prompts(RecallSource.load(folder), rng, num_queries, length)
+    assert stream is not None
+    return _sentence_prompts(loaded.tokenizer, stream, rng, num_queries, length)
+
+
+def _task_prompts(source: RecallSource, rng: np.random.Generator, num_queries: int, length: int) -> RecallPrompts:
+    questions, answers, contexts, depths = [], [], [], []
+    layout: tuple[int, int] | None = None
+    asked = 0
+    while asked < num_queries:
+        batch = source.batch(rng, 1 if layout is None else 16, length, split="test")
+        Q = batch.depth.shape[1]
+        if layout is not None and (batch.context_length, Q) != layout:
+            continue
+        layout = (batch.context_length, Q)
+        ids = torch.from_numpy(batch.ids)
+        asking = ids[:, batch.context_length :].unflatten(1, (Q, batch.question_tokens + 1))
+        contexts.append(ids[:, : batch.context_length])
+        questions.append(asking[..., : batch.question_tokens])
+        answers.append(asking[..., batch.question_tokens :])
+        depths.append(torch.from_numpy(batch.depth))
+        asked += batch.depth.size
+    name = f"recall, {source.task.filler} filler"
+    return RecallPrompts(*map(torch.cat, (contexts, questions, answers, depths)), source=name)
+
+
+def _sentence_prompts(
+    tokenizer: Any, stream: np.ndarray, rng: np.random.Generator, num_queries: int, length: int
+) -> RecallPrompts:
+    """Build prompts of needles such as ` The number of amber is 4821.` whose parts all take equally many tokens."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def same_length(texts: list[str]) -> list[list[int]]:
+        encoded = [encode(text) for text in texts]
+        sizes = [len(ids) for ids in encoded]
+        usual = max(set(sizes), key=sizes.count)
+        return [ids for ids in encoded if len(ids) == usual]
+
+    asks = same_length([f" The number of {word.strip()} is" for word in KEYS])
+    numbers = same_length([f" {number}" for number in range(1000, 10000, 37)])
+    stop = encode(".")
+    Q = min(NUM_NATURAL_QUESTIONS, len(asks))
+    needle = len(asks[0]) + len(numbers[0]) + len(stop)
+    C = length - Q * needle
+    filler = C - Q * needle
+    if filler < Q:
+        raise PiKVError(
+            f"context_tokens {length} has no room for {Q} needles of {needle} tokens and as many questions",
+            hint=f"raise context_tokens to {2 * Q * needle + Q} or more",
+        )
+    contexts, questions, answers, depths = [], [], [], []
+    for _ in range(-(-num_queries // Q)):
+        chosen = rng.permutation(len(asks))[:Q]
+        values = rng.integers(0, len(numbers), Q)
+        start = rng.integers(0, len(stream) - filler + 1)
+        cuts = np.sort(rng.integers(0, filler + 1, Q))
+        context: list[int] = []
+        places = []
+        for index, piece in enumerate(np.split(stream[start : start + filler], cuts)):
+            context += piece.tolist()
+            if index < Q:
+                places.append(len(context) / C)
+                context += asks[chosen[index]] + numbers[values[index]] + stop
+        order = rng.permutation(Q)
+        contexts.append(context)
+        questions.append([asks[chosen[i]] for i in order])
+        answers.append([numbers[values[i]] for i in order])
+        depths.append([places[i] for i in order])
+    return RecallPrompts(
+        torch.tensor(contexts),
+        torch.tensor(questions),
+        torch.tensor(answers),
+        torch.tensor(depths),
+        source="sentences with numbers in text",
+    )
+
+
+def _held_out(folder: Any) -> np.ndarray | None:
+    """Return the held-out tokens that training left in a model folder."""
+    for name in ("recall.npy", "text.npy"):
+        if (folder / name).is_file():
+            return tokens.load(folder / name).astype(np.int64)
+    return None

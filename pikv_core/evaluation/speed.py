@@ -1,0 +1,53 @@
+"""What a cache costs while it runs: bytes of live storage, and time per decoded token."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pikv_core.cache import PiKVCache
+from pikv_core.evaluation.steps import prefill, step
+
+NUM_STEPS = 32
+WARM_UP_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one sequence: a prompt, then NUM_STEPS tokens; the time is the median step after a warm-up."""
+
+    resident_bytes: int
+    peak_bytes: int
+    full_bytes: int
+    ms_per_token: float
+    prefill_ms: float
+
+
+def measure_cost(model: Any, new_cache: Callable[[], PiKVCache], prompt: torch.Tensor) -> Cost:
+    """Decode greedily behind a prompt [1,T] and measure the cache."""
+
+    def now() -> float:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    cache = new_cache()
+    start = now()
+    logits = prefill(model, cache, prompt)
+    times = [now()]
+    for _ in range(NUM_STEPS):
+        logits = step(model, cache, logits.argmax(-1))
+        times.append(now())
+    steps = [later - earlier for earlier, later in zip(times[WARM_UP_STEPS:], times[WARM_UP_STEPS + 1 :])]
+    return Cost(
+        cache.resident_bytes,
+        cache.peak_bytes,
+        cache.full_bytes,
+        1e3 * statistics.median(steps),
+        1e3 * (times[0] - start),
+    )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TEST_SHARE = 0.1  # of the documents
 DESCRIPTION = "corpus.json"
+HELD_OUT = "held_out.npy"  # in a model folder
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,17 @@ def save(corpus: Corpus, streams: dict[str, np.ndarray], folder: Path) -> dict[s
 def load_streams(folder: Path) -> dict[str, np.ndarray]:
     """Read the token stream of each split from a folder of gen-data."""
     return {split: tokens.load(folder / _stream_file(split)) for split in ("train", "test")}
+
+
+def save_held_out(streams: dict[str, np.ndarray], folder: Path) -> None:
+    """Write the held-out tokens into a model folder."""
+    tokens.save(streams["test"], folder / HELD_OUT)
+
+
+def held_out(folder: Path) -> np.ndarray | None:
+    """Return the token stream that a model folder holds out, or None where it carries no real text."""
+    file = folder / HELD_OUT
+    return tokens.load(file) if file.is_file() else None
 
 
 def _stream_file(split: str) -> str:

@@ -31,7 +31,6 @@ __all__ = ["Recall", "RecallBatch", "RecallSource", "has_recall"]
 
 NEEDLE, QUESTION = "<note>", "<ask>"
 OPTIONS = "recall.json"
-HELD_OUT = "recall.npy"
 
 
 @TASKS.register("recall")
@@ -161,7 +160,7 @@ class RecallSource:
         tokenizer.save(self.tokenizer, folder)
         write_json(folder / OPTIONS, asdict(self.task))
         if self.streams:
-            tokens.save(self.streams["test"], folder / HELD_OUT)
+            corpus.save_held_out(self.streams, folder)
 
     @classmethod
     def load(cls, folder: Path) -> RecallSource:
@@ -172,7 +171,7 @@ class RecallSource:
                 hint="train one with the task 'recall'",
             )
         task = read_options(folder / OPTIONS, Recall)
-        streams = {"test": tokens.load(folder / HELD_OUT)} if task.filler == "text" else {}
+        streams = {} if (stream := corpus.held_out(folder)) is None else {"test": stream}
         return cls(task, tokenizer.load(folder), streams)
 
     def _count(self, rng: np.random.Generator, length: int) -> tuple[int, int]:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from pikv_core.runs import Reporter
 
 OPTIONS = "text.json"
-HELD_OUT = "text.npy"
 
 
 @TASKS.register("text")
@@ -91,7 +90,7 @@ class TextSource:
         """Write tokenizer, options and the held-out tokens into a model folder."""
         tokenizer.save(self.tokenizer, folder)
         write_json(folder / OPTIONS, asdict(self.task))
-        tokens.save(self.streams["test"], folder / HELD_OUT)
+        corpus.save_held_out(self.streams, folder)
 
     @classmethod
     def load(cls, folder: Path) -> TextSource:
@@ -101,7 +100,7 @@ class TextSource:
                 f"{folder}: the model was not trained on text: no {OPTIONS} beside it",
                 hint="train one with the task 'text'",
             )
-        streams = {"test": tokens.load(folder / HELD_OUT)}
+        streams = {} if (stream := corpus.held_out(folder)) is None else {"test": stream}
         return cls(read_options(folder / OPTIONS, Text), tokenizer.load(folder), streams)
 
 

@@ -43,7 +43,7 @@ def windows(rng: np.random.Generator, stream: np.ndarray, num_samples: int, leng
 def of_split(streams: Mapping[str, np.ndarray], split: str) -> np.ndarray:
     """Return a split's stream; raise PiKVError where it is not at hand."""
     if split not in streams:
-        raise PiKVError(f"no text of the split '{split}' is at hand; there is: {', '.join(streams)}")
+        raise PiKVError(f"no text of the split '{split}' is at hand; there is: {', '.join(streams) or 'none'}")
     return streams[split]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from pikv_core.data import corpus
 from pikv_core.data.recall import Recall, RecallBatch, RecallSource, has_recall
 from pikv_core.data.words import KEYS, VALUES
 from pikv_core.errors import PiKVError
@@ -135,7 +136,10 @@ def test_a_model_folder_gives_the_held_out_samples_again(source: RecallSource, t
     first, second = (one.batch(np.random.default_rng(6), 5, 200, "test") for one in (source, again))
     assert np.array_equal(first.ids, second.ids)
     assert again.vocab_size == source.vocab_size
-    if source.task.filler == "text":
+    held_out = corpus.held_out(folder)
+    assert (held_out is None) == (source.task.filler == "synthetic")
+    if held_out is not None:
+        assert np.array_equal(held_out, source.streams["test"])
         with pytest.raises(PiKVError, match="split 'train' is at hand; there is: test"):
             again.batch(np.random.default_rng(6), 5, 200, "train")
 

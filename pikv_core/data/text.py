@@ -34,7 +34,7 @@ class Text:
         """Return the source: from a folder of gen-data at `path`, or made on the spot."""
         if path is None:
             return self._make(corpus.load(text, column, seed, reporter), reporter)
-        if text:
+        if text or column is not None:
             raise UsageError(f"text: the data in {path} bring their own", hint="drop the text, or the path")
         folder = Path(path)
         read_manifest(folder, "text")

@@ -82,4 +82,7 @@ def load(folder: Path) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise PiKVError(f"{file}: no such tokenizer file")
-    return Tokenizer.from_file(str(file))
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise PiKVError(f"{file}: not a readable tokenizer file: {error}") from error

@@ -57,5 +57,5 @@ def load(file: Path) -> np.ndarray:
     """Read what `save` wrote."""
     try:
         return np.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise PiKVError(f"{file}: not a readable token file: {error}") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from pikv_core import recipes
 from pikv_core.components import build
@@ -151,3 +152,36 @@ def test_options_of_a_task_may_come_before_its_name() -> None:
     assert recipe.task.options == {"num_keys": 12}
     with pytest.raises(PiKVError, match="expected a whole number, got 'fast'"):
         recipes.load("gen-data", None, ["task.num_keys=fast"], {"task": "recall"})
+
+
+def test_damaged_folders_are_named(tmp_path: Path, text_folder: Path) -> None:
+    folder = tmp_path / "data"
+    generate(folder, {"name": "recall", "filler": "text", "length": 100, "vocab_size": 520}, text=[str(text_folder)])
+    for name, damage, message in [
+        ("tokens.test.npy", b"", "tokens.test.npy: not a readable token file"),
+        ("tokenizer/tokenizer.json", b"{}", "tokenizer.json: not a readable tokenizer file"),
+        ("recall.json", b'{"num_keys": 0}', "recall.json: num_keys: input should be greater than 0"),
+        ("recall.json", b"{", "recall.json: not valid JSON"),
+        ("manifest.json", b"[]", "these data are for 'None'"),
+    ]:
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(damage)
+        with pytest.raises(PiKVError) as caught:
+            Recall().open(str(folder), 0, [], None, Reporter())
+        assert message in caught.value.message
+        (folder / name).write_bytes(whole)
+    assert Recall().open(str(folder), 0, [], None, Reporter()).task.filler == "text"
+
+
+def test_the_command_prints_the_result_alone(tmp_path: Path, text_folder: Path) -> None:
+    from pikv_cli.app import app
+
+    words = ["gen-data", "recall", "--filler", "text", "--text", str(text_folder), "--num-samples", "4"]
+    options = ["--set", "task.vocab_size=520", "--set", "task.length=64", "--out", str(tmp_path / "data"), "--json"]
+    outcome = CliRunner().invoke(app, [*words, *options], catch_exceptions=False)
+    result = json.loads(outcome.stdout)
+    assert result["task"] == "recall"
+    counts = {row["file"]: row["num_samples"] for row in result["files"]}
+    assert counts["samples.train.jsonl"] == 3
+    assert counts["samples.test.jsonl"] == 1
+    assert counts["tokenizer/tokenizer.json"] is None

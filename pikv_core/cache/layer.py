@@ -217,8 +217,8 @@ class CacheLayer(CacheLayerMixin):
     def _visible(self, store: Store, position: torch.Tensor, num_slots: int | None = None) -> torch.Tensor:
         """Return bool [B,1|G,T,S]: which slots the queries at `position` [B,T] may see."""
         held = store.position if num_slots is None else store.position[:, :, :num_slots]
-        if self._in_order:
-            held = held[:, :1]
+        if self._in_order and (store is self.tail or store is self.body):
+            held = held[:, :1]  # the heads agree
         ahead = position[:, None, :, None] - held[:, :, None, :]
         visible = (held >= 0)[:, :, None] & (ahead >= 0)
         return visible if self.window is None else visible & (ahead < self.window)

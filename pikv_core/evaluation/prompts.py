@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pikv_core.data import corpus, tokens
+from pikv_core.data import corpus
 from pikv_core.data.recall import RecallSource, has_recall
 from pikv_core.data.words import KEYS
 from pikv_core.errors import PiKVError
@@ -54,8 +54,8 @@ def read_text(
     corpus is foreign to the tokenizer (a model of drawn words); files of the user's that are raise PiKVError.
     """
     folder = loaded.folder
-    if not paths and folder is not None and (held := _held_out(folder)) is not None:
-        return held, "the model's held-out text"
+    if not paths and folder is not None and (held := corpus.held_out(folder)) is not None:
+        return held.astype(np.int64), "the model's held-out text"
     documents = corpus.load(paths, column, seed, reporter)
     tokenizer = loaded.tokenizer
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -119,8 +119,13 @@ def _task_prompts(source: RecallSource, rng: np.random.Generator, num_queries: i
         answers.append(asking[..., batch.question_tokens :])
         depths.append(torch.from_numpy(batch.depth))
         asked += batch.depth.size
-    name = f"recall, {source.task.filler} filler"
-    return RecallPrompts(*map(torch.cat, (contexts, questions, answers, depths)), source=name)
+    return RecallPrompts(
+        torch.cat(contexts),
+        torch.cat(questions),
+        torch.cat(answers),
+        torch.cat(depths),
+        source=f"recall, {source.task.filler} filler",
+    )
 
 
 def _sentence_prompts(
@@ -174,11 +179,3 @@ def _sentence_prompts(
         torch.tensor(depths),
         source="sentences with numbers in text",
     )
-
-
-def _held_out(folder: Any) -> np.ndarray | None:
-    """Return the held-out tokens that training left in a model folder."""
-    for name in ("recall.npy", "text.npy"):
-        if (folder / name).is_file():
-            return tokens.load(folder / name).astype(np.int64)
-    return None

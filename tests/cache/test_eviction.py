@@ -1,0 +1,207 @@
+"""Evicted caches against a brute-force cache kept in plain lists, float64; bytes really freed; padding never kept."""
+
+import pytest
+import torch
+from conftest import CONFIGS
+
+from pikv_core.cache import PiKVCache
+from pikv_core.cache.budget import Budget
+from pikv_core.cache.layer import CacheLayer
+from pikv_core.compression.none import Plain
+from pikv_core.scheduling.allocation.uniform import Uniform
+from pikv_core.scheduling.h2o import H2O
+from pikv_core.scheduling.streaming_llm import StreamingLLM
+
+B, H, G, D = 2, 4, 2, 16
+
+
+def layer_of(policy, budget, codec=None, window=None):
+    return CacheLayer(0, 1, policy, codec or Plain(), Uniform(), Budget(budget), window, lambda: None)
+
+
+def random_steps(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for T in lengths:
+        yield (
+            torch.randn(B, H, T, D, generator=generator),
+            torch.randn(B, G, T, D, generator=generator),
+            torch.randn(B, G, T, D, generator=generator),
+        )
+
+
+class ListCache:
+    """One row and head in lists: tokens with positions and H2O's sums; the reference for attention and eviction."""
+
+    def __init__(self, capacity, choose):
+        self.capacity, self.choose = capacity, choose
+        self.tokens = []
+        self.num_seen = 0
+
+    def attend(self, queries, keys, values):
+        """queries [R,T,D], keys and values [T,D] → [R,T,D]."""
+        T = len(keys)
+        self.tokens += [
+            {"position": self.num_seen + t, "key": keys[t].double(), "value": values[t].double(), "mass": 0.0}
+            for t in range(T)
+        ]
+        output = torch.zeros(queries.shape, dtype=torch.float64)
+        for r in range(len(queries)):
+            for t in range(T):
+                seen = [token for token in self.tokens if token["position"] <= self.num_seen + t]
+                logits = torch.stack([token["key"] @ queries[r, t].double() for token in seen]) * D**-0.5
+                weights = logits.softmax(0)
+                output[r, t] = sum(w * token["value"] for w, token in zip(weights, seen))
+                for w, token in zip(weights, seen):
+                    token["mass"] += w.item() / len(queries)
+        self.num_seen += T
+        capacity = self.capacity(self.num_seen)
+        if len(self.tokens) > capacity:
+            self.tokens = self.choose(self.tokens, capacity, self.num_seen)
+        return output
+
+
+def choose_h2o(tokens, capacity, num_seen):
+    recent = capacity - int(capacity * 0.5)
+    newest = [token for token in tokens if token["position"] >= num_seen - recent]
+    others = [token for token in tokens if token["position"] < num_seen - recent]
+    return newest + sorted(others, key=lambda token: -token["mass"])[: capacity - len(newest)]
+
+
+def choose_streaming(tokens, capacity, num_seen):
+    sinks = min(4, capacity // 2)
+    first = [token for token in tokens if token["position"] < sinks]
+    others = sorted((token for token in tokens if token["position"] >= sinks), key=lambda token: -token["position"])
+    return first + others[: capacity - len(first)]
+
+
+@pytest.mark.parametrize("policy, choose", [(H2O(), choose_h2o), (StreamingLLM(), choose_streaming)])
+@pytest.mark.parametrize("budget", [0.25, 0.5, 1, 3, 10])
+def test_equals_lists(policy, choose, budget):
+    layer = layer_of(policy, budget)
+    capacity = (lambda seen: max(1, int(budget * seen))) if isinstance(budget, float) else (lambda seen: budget)
+    lists = {(b, g): ListCache(capacity, choose) for b in range(B) for g in range(G)}
+    for query, keys, values in random_steps([21, 1, 1, 1, 5, 1, 1, 8, 1]):
+        layer.update(keys, values)
+        output = layer.attend(query, D**-0.5)
+        for (b, g), reference in lists.items():
+            rows = query[b].view(G, H // G, -1, D)[g]
+            expected = reference.attend(rows, keys[b, g], values[b, g])
+            found = output[b].view(G, H // G, -1, D)[g].double()
+            assert (found - expected).abs().max() < 1e-5
+            kept = {int(p) for p in layer.retrieve()[2][b, g] if p >= 0}
+            assert kept == {token["position"] for token in reference.tokens}
+    assert layer.get_seq_length() == 40
+
+
+@pytest.mark.parametrize("budget", [0.3, 6])
+@pytest.mark.parametrize("policy", [H2O(), StreamingLLM()])
+def test_left_padding_changes_nothing(policy, budget):
+    """A padded row keeps the tokens, and gives the outputs, that it has on its own."""
+    steps = list(random_steps([30, 1, 1, 4, 1]))
+    padded = layer_of(policy, budget)
+    alone = layer_of(policy, budget)
+    num_pads = 11
+    for index, (query, keys, values) in enumerate(steps):
+        is_token = None
+        start = 0
+        if index == 0:
+            is_token = torch.ones(B, 30, dtype=torch.bool)
+            is_token[1, :num_pads] = False
+            start = num_pads
+        padded.update(keys, values)
+        both = padded.attend(query, D**-0.5, is_token)
+        alone.update(keys[1:, :, start:], values[1:, :, start:])
+        one = alone.attend(query[1:, :, start:], D**-0.5)
+        assert both.isfinite().all()
+        assert (both[1:, :, start:] - one).abs().max() < 1e-5
+        for g in range(G):
+            kept = [{int(p) for p in layer.retrieve()[2][row, g] if p >= 0} for layer, row in ((padded, 1), (alone, 0))]
+            assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("policy", ["h2o", "streaming-llm"])
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.1])
+def test_bytes_are_freed(small_model, policy, share):
+    """Resident bytes equal the live tensors' storage, and stay within 3 % or a page per head of the budget."""
+    model = small_model("llama")
+    cache = PiKVCache.from_recipe(model.config, {"policy": policy, "budget": share})
+    ids = torch.randint(1, 97, (1, 512), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for token in ids[0, :40]:
+            model(token.view(1, 1), past_key_values=cache)
+    tensors = {}
+    for layer in cache.own_layers:
+        for store in layer.stores:
+            for tensor in (*store._encoded.values(), *store._columns.values()):
+                tensors[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    assert cache.resident_bytes == sum(tensors.values())
+    metadata = 8 if policy == "h2o" else 4
+    head_dim = model.config.hidden_size // model.config.num_attention_heads
+    token_bytes = 2 * head_dim * 4
+    heads = 3 * model.config.num_key_value_heads
+    allowed = share * 552 * heads * (token_bytes + metadata) * 1.03 + 8 * heads * (token_bytes + metadata)
+    assert cache.resident_bytes <= allowed
+    assert cache.full_bytes == 552 * heads * token_bytes
+    assert cache.peak_bytes < cache.full_bytes
+
+
+@pytest.mark.parametrize("arch", CONFIGS)
+@pytest.mark.parametrize("codec", ["none", "int8"])
+def test_runs_on_every_architecture_at_a_tiny_budget(small_model, arch, codec):
+    model = small_model(arch)
+    for policy in ("h2o", "streaming-llm", "quest"):
+        cache = PiKVCache.from_recipe(model.config, {"policy": policy, "budget": 1, "codec": codec})
+        output = model.generate(
+            torch.randint(1, 97, (2, 70), generator=torch.Generator().manual_seed(4)),
+            attention_mask=torch.ones(2, 70, dtype=torch.int64),
+            past_key_values=cache,
+            max_new_tokens=8,
+            do_sample=False,
+        )
+        assert output.shape == (2, 78)
+        for layer in range(3):
+            assert (cache.retrieve(layer)[2] >= 0).sum(-1).min() >= 1
+
+
+def test_a_byte_budget_is_kept(small_model):
+    model = small_model("llama")
+    for codec in ("none", "int8"):
+        for text, limit in (("64KiB", 2**16), ("128KiB", 2**17)):
+            cache = PiKVCache.from_recipe(model.config, {"policy": "h2o", "budget": text, "codec": codec})
+            with torch.no_grad():
+                model(torch.randint(1, 97, (2, 700)), past_key_values=cache)
+                for _ in range(70):
+                    model(torch.randint(1, 97, (2, 1)), past_key_values=cache)
+            page = 8 if codec == "none" else 64
+            token = 2 * 16 * 4 + 8 if codec == "none" else 2 * 16 + 8 + 8
+            slack = 3 * 2 * 2 * page * token
+            assert 0.7 * limit < cache.resident_bytes <= limit * 1.03 + slack
+
+
+def test_sliding_window_layers_keep_their_window(small_model):
+    model = small_model("mistral")
+    cache = PiKVCache(model.config)
+    with torch.no_grad():
+        model(torch.randint(1, 97, (1, 200)), past_key_values=cache)
+    assert cache.num_stored == [23, 23, 23]
+    assert sorted(cache.retrieve(0)[2][0, 0].tolist()) == list(range(177, 200))
+
+
+def test_hold_and_rewind_forget_exactly(small_model):
+    model = small_model("llama")
+    ids = torch.randint(1, 97, (2, 60), generator=torch.Generator().manual_seed(5))
+    for policy in ("full", "quest", "streaming-llm"):
+        logits = []
+        for detour in (False, True):
+            budget = 1.0 if policy == "full" else 0.5
+            cache = PiKVCache.from_recipe(model.config, {"policy": policy, "budget": budget})
+            with torch.no_grad():
+                cache.hold()
+                model(ids[:, :50], past_key_values=cache)
+                if detour:
+                    model(ids[:, 50:53], past_key_values=cache)
+                    cache.rewind(3)
+                cache.compress()
+                logits.append(model(ids[:, 55:56], past_key_values=cache).logits)
+        assert torch.equal(*logits)

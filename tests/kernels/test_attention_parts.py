@@ -1,0 +1,50 @@
+"""Partial attentions, merged, equal attention over everything; rows that see nothing give zero."""
+
+import pytest
+import torch
+
+from pikv_kernels.merge_partials import merge_partials
+from pikv_kernels.partial_attention import causal_attention, partial_attention
+
+B, G, N, D = 2, 3, 5, 16
+
+
+@pytest.mark.parametrize("sizes", [[1], [64, 1], [63, 65, 1000]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_parts_equal_float64(sizes, dtype):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(B, G, N, D, generator=generator).to(dtype)
+    parts = [torch.randn(2, B, G, size, D, generator=generator).to(dtype) for size in sizes]
+    found, shares = merge_partials([partial_attention(query, k, v, None, 0.3) for k, v in parts])
+    keys, values = torch.cat(parts, dim=3).double().unbind(0)
+    weights = (query.double() @ keys.mT * 0.3).softmax(-1)
+    error = (found.double() - weights @ values).abs()
+    assert error.max() < (1e-5 if dtype is torch.float32 else 2e-2), f"max {error.max()}, mean {error.mean()}"
+    for share, part in zip(shares, weights.split(sizes, dim=-1)):
+        assert (share - part.sum(-1)).abs().max() < (1e-5 if dtype is torch.float32 else 2e-2)
+
+
+def test_rows_that_see_nothing_are_zero_and_finite():
+    query, keys, values = torch.randn(B, G, N, D), torch.randn(B, G, 7, D), torch.randn(B, G, 7, D)
+    visible = torch.zeros(B, 1, N, 7, dtype=torch.bool)
+    visible[:, :, 1:, :3] = True
+    part = partial_attention(query, keys, values, visible, 1.0, with_probs=True)
+    output, _ = merge_partials([part])
+    assert (output[:, :, 0] == 0).all() and output.isfinite().all()
+    assert (part.probs[..., 3:] == 0).all()
+
+
+def test_softcap_and_sinks_equal_the_definition():
+    query, keys, values = torch.randn(B, G, N, D), torch.randn(B, G, 9, D), torch.randn(B, G, 9, D)
+    sinks = torch.randn(G, N)
+    logits = 5 * torch.tanh(query @ keys.mT / 5)
+    with_sink = torch.cat([logits, sinks[None, :, :, None].expand(B, G, N, 1)], -1).softmax(-1)
+    found, _ = merge_partials([partial_attention(query, keys, values, None, 1.0, softcap=5.0)], sinks)
+    assert (found - with_sink[..., :-1] @ values).abs().max() < 1e-5
+
+
+def test_causal_attention_equals_the_masked_definition():
+    query, keys, values = torch.randn(B, 2 * G, N, D), torch.randn(B, G, N, D), torch.randn(B, G, N, D)
+    keys_h, values_h = keys.repeat_interleave(2, 1), values.repeat_interleave(2, 1)
+    logits = (query @ keys_h.mT * 0.25).masked_fill(~torch.ones(N, N).tril().bool(), -torch.inf)
+    assert (causal_attention(query, keys, values, 0.25) - logits.softmax(-1) @ values_h).abs().max() < 1e-5

@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test test-slow check clean
 
 demo: .venv/ready
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m pikv_cli.demo
 
 test: .venv/ready
 	$(BIN)/python -m pytest

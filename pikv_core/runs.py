@@ -42,6 +42,8 @@ class Run:
         self.resumed = resume is not None
         self._folder: Path | None = resume
         self._telemetry: Telemetry | None = None
+        if resume is None and recipe.out is not None:
+            _check_free(Path(recipe.out))
 
     @property
     def folder(self) -> Path:
@@ -102,6 +104,15 @@ class Run:
         link.symlink_to(folder.name)
         os.replace(link, latest)
         return folder
+
+
+def _check_free(folder: Path) -> None:
+    """Raise where a run folder is taken or cannot be made, before any work is done."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise PiKVError(f"{folder}: the folder is not empty", hint="give --out a new folder; nothing is overwritten")
+    standing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not standing.is_dir() or not os.access(standing, os.W_OK | os.X_OK):
+        raise PiKVError(f"{folder}: the folder cannot be written", hint="choose another place with --out")
 
 
 def plain(value: Any) -> Any:

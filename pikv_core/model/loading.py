@@ -63,9 +63,11 @@ def find_model(name: str) -> str:
 def load_model(name: str, recipe: Recipe) -> LoadedModel:
     """Load what `find_model` finds, in the recipe's dtype on its device."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     import pikv_core.model  # noqa: F401  registers our own architecture
 
+    disable_progress_bar()  # ours goes to stderr, and only on a terminal
     device = prepare(recipe)
     source = find_model(name)
     local = Path(source).is_dir()

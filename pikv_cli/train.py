@@ -16,7 +16,21 @@ def train(
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with this run, exactly.")] = None,
 ) -> None:
     """Train a model; the result is a folder that AutoModelForCausalLM loads."""
+    if resume is not None:
+        _check(resume, shared)
     shared.run("train", {}, _show, resume)
+
+
+def _check(resume: Path, shared: options.Shared) -> None:
+    from pikv_core.errors import UsageError
+
+    if not (resume / "recipe.yaml").is_file():
+        raise UsageError(
+            f"{resume}: no run to go on with: it has no recipe.yaml",
+            hint="give the run folder, such as runs/train-1",
+        )
+    if shared.seed is not None or shared.dtype is not None:
+        raise UsageError("--resume takes the run's own recipe", hint="drop --seed and --dtype")
 
 
 def _show(result: Any, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 
 from pikv_core.components import build
 from pikv_core.data import TASKS
@@ -58,21 +59,26 @@ def run(recipe: TrainRecipe, run: Run) -> TrainResult:
 
     loop = Loop(run, model, source, gates, settings, chosen, curriculum, Optimizers(model, settings))
     num_steps, tokens_per_s = loop.train()
-    if curriculum.state.decay_start is None or not (curriculum.mastered or not curriculum.has_answers):
+    if curriculum.has_answers and not curriculum.mastered:
         run.reporter.status(
             f"max_steps reached before the curriculum's end: {len(curriculum.state.stages)} of "
             f"{len(settings.curriculum)} lengths mastered"
         )
     metrics = evaluate(model, source, settings, gates, chosen)
-    folder = run.folder / "model"
-    with replacing(folder) as temporary:
-        model.save_pretrained(temporary)
-        source.save(temporary)
+    folder = _save_model(run.folder / "model", model, source)
     run.telemetry.metrics(num_steps, {f"test/{name}": value for name, value in metrics.items()})
     result = TrainResult(str(folder), metrics, num_steps, tokens_per_s, curriculum.state.stages)
     run.finish(result, backends)
     drop_checkpoints(run.folder)
     return result
+
+
+def _save_model(folder: Path, model: Any, source: Source) -> Path:
+    transformers.utils.logging.disable_progress_bar()
+    with replacing(folder) as temporary:
+        model.save_pretrained(temporary)
+        source.save(temporary)
+    return folder
 
 
 def _stored_result(run: Run) -> TrainResult | None:

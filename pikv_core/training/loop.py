@@ -57,7 +57,7 @@ class Loop:
                         f"interrupted at step {step}",
                         hint=f"go on with `pikv train --resume {self.run.folder}`",
                     )
-                if step % self.settings.checkpoint_every == 0:
+                if step % self.settings.checkpoint_every == 0 and not self.curriculum.is_over(step):
                     self._save(step)
         return step, num_tokens / max(1e-9, time.perf_counter() - begun)
 

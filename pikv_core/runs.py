@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pikv_core import __version__
 from pikv_core.errors import PiKVError
 from pikv_core.files import make_folder, write_json, write_text
 from pikv_core.recipes import Recipe, dump
@@ -132,8 +133,8 @@ def plain(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Return the versions a result depends on."""
-    found = {"python": platform.python_version()}
-    for name in ("pikv", "torch", "transformers", "numpy", "numba"):
-        if name == "pikv" or name in sys.modules:
+    found = {"python": platform.python_version(), "pikv": __version__}
+    for name in ("torch", "transformers", "numpy", "numba"):
+        if name in sys.modules:
             found[name] = importlib.metadata.version(name)
     return found

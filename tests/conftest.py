@@ -1,4 +1,4 @@
-"""Set the interpreter before triton is imported, and one small random model per architecture."""
+"""Set the interpreter before triton is imported; give each test the small random models."""
 
 import os
 
@@ -11,31 +11,9 @@ if not torch.cuda.is_available():
 
 import pytest
 import transformers
+from small_models import CONFIGS
 
 transformers.logging.set_verbosity_error()
-
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "max_position_embeddings": 2048,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-CONFIGS = {
-    "llama": lambda: transformers.LlamaConfig(**SMALL),
-    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
-    "qwen3": lambda: transformers.Qwen3Config(head_dim=16, **SMALL),
-    "mistral": lambda: transformers.MistralConfig(sliding_window=24, **SMALL),
-    "mixtral": lambda: transformers.MixtralConfig(num_local_experts=4, sliding_window=None, **SMALL),
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
-        head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, **SMALL
-    ),
-}
 
 
 @pytest.fixture(scope="session")

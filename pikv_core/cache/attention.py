@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from pikv_core.cache.layer import CacheLayer
+from pikv_core.errors import PiKVError
 
 ENTRY = "pikv"
 
@@ -52,6 +53,11 @@ def pikv_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend query [B,H,T,D] through the layer given as `key`; return output [B,T,H,D]."""
     if not isinstance(key, CacheLayer):
+        if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+            raise PiKVError(
+                "SDPA knows neither soft caps nor attention sinks, which this model has",
+                hint="generate through a PiKVCache, or call model.set_attn_implementation('eager') for other caches",
+            )
         mask = attention_mask.build() if isinstance(attention_mask, DeferredMask) else attention_mask
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
     assert attention_mask is None or isinstance(attention_mask, DeferredMask), "a 4-D mask cannot follow evictions"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CONFIGS
+from small_models import CONFIGS, use_stock_attention
 
 from pikv_core.cache import PiKVCache
 from pikv_core.scheduling import POLICIES
@@ -38,7 +38,7 @@ def test_full_budget_equals_the_stock_cache(small_model, batch, arch, policy):
     model = small_model(arch)
     for rows in (slice(0, 1), slice(0, 3)):
         inputs = {name: x[rows] for name, x in batch.items()}
-        model.set_attn_implementation("sdpa")
+        use_stock_attention(model)
         tokens, logits = generate(model, inputs)
         cache = PiKVCache.from_recipe(model.config, {"policy": policy, "budget": 1.0})
         our_tokens, our_logits = generate(model, inputs, cache)
@@ -47,13 +47,13 @@ def test_full_budget_equals_the_stock_cache(small_model, batch, arch, policy):
         assert error <= 1e-5, f"relative error {error}"
 
 
-@pytest.mark.parametrize("arch", ["llama", "mistral"])
+@pytest.mark.parametrize("arch", ["llama", "mistral", "gpt_oss"])
 def test_second_turn_equals_the_stock_cache(small_model, batch, arch):
     model = small_model(arch)
     more = torch.randint(1, 97, (3, 9), generator=torch.Generator().manual_seed(2))
     outputs = []
     for ours in (False, True):
-        model.set_attn_implementation("sdpa")
+        use_stock_attention(model)
         cache = PiKVCache(model.config) if ours else None
         if cache is None:
             from transformers import DynamicCache
@@ -72,7 +72,7 @@ def test_second_turn_equals_the_stock_cache(small_model, batch, arch):
 @pytest.mark.parametrize("arch", ["llama", "mixtral"])
 def test_beam_search_equals_the_stock_cache(small_model, batch, arch):
     model = small_model(arch)
-    model.set_attn_implementation("sdpa")
+    use_stock_attention(model)
     expected = model.generate(**batch, max_new_tokens=12, num_beams=3, do_sample=False)
     cache = PiKVCache(model.config)
     found = model.generate(**batch, max_new_tokens=12, num_beams=3, do_sample=False, past_key_values=cache)
@@ -81,7 +81,7 @@ def test_beam_search_equals_the_stock_cache(small_model, batch, arch):
 
 def test_a_stock_cache_works_under_our_attention_entry(small_model, batch):
     model = small_model("llama")
-    model.set_attn_implementation("sdpa")
+    use_stock_attention(model)
     tokens, logits = generate(model, batch)
     PiKVCache(model.config)
     our_tokens, our_logits = generate(model, batch)

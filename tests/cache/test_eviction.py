@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CONFIGS
+from small_models import CONFIGS
 
 from pikv_core.cache import PiKVCache
 from pikv_core.cache.budget import Budget

@@ -116,6 +116,24 @@ def _check_free(folder: Path) -> None:
         raise PiKVError(f"{folder}: the folder cannot be written", hint="choose another place with --out")
 
 
+def find_model(name: str) -> str:
+    """Return the model folder of a run folder or model folder, or a hub id as it is."""
+    path = Path(name)
+    for folder in (path / "model", path):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    if path.is_dir():
+        raise PiKVError(
+            f"{name}: no model here: neither config.json nor model/config.json",
+            hint="give a folder that `pikv train` or save_pretrained wrote",
+        )
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise PiKVError(
+            f"{name}: no such model folder", hint="`pikv train` writes one; a hub id has the form owner/name"
+        )
+    return name
+
+
 def plain(value: Any) -> Any:
     """Return dataclasses, paths and numbers as JSON values; a number that is not finite becomes null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

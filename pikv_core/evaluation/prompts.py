@@ -147,7 +147,7 @@ def _sentence_prompts(
     stop = encode(".")
     Q = min(NUM_NATURAL_QUESTIONS, len(asks))
     needle = len(asks[0]) + len(numbers[0]) + len(stop)
-    C = length - Q * needle
+    C = length - Q * (needle - len(stop))
     filler = C - Q * needle
     if filler < Q:
         raise PiKVError(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pikv_core.evaluation import pareto, prompts
 from pikv_core.evaluation.methods import expand
-from pikv_core.evaluation.sweep import Row, Workload, measure
-from pikv_core.model.loading import load_model
 from pikv_core.recipes import CompressRecipe
-from pikv_core.runs import Run, plain
+from pikv_core.runs import Run, find_model, plain
+
+if TYPE_CHECKING:
+    from pikv_core.evaluation.sweep import Row, Workload
+    from pikv_core.model.loading import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class CompressResult:
 def run(recipe: CompressRecipe, run: Run) -> CompressResult:
     """Measure every method at every budget, and write results.jsonl and pareto.png."""
     methods = expand(recipe.methods, recipe.budgets, recipe.allocation)
+    find_model(recipe.model)
+
+    from pikv_core.evaluation import pareto
+    from pikv_core.evaluation.sweep import measure
+    from pikv_core.model.loading import load_model
+
     loaded = load_model(recipe.model, recipe)
     work = _workload(recipe, loaded, run)
     folder = run.folder
@@ -60,7 +67,10 @@ def run(recipe: CompressRecipe, run: Run) -> CompressResult:
     return result
 
 
-def _workload(recipe: CompressRecipe, loaded: Any, run: Run) -> Workload:
+def _workload(recipe: CompressRecipe, loaded: LoadedModel, run: Run) -> Workload:
+    from pikv_core.evaluation import prompts
+    from pikv_core.evaluation.sweep import Workload
+
     text = prompts.read_text(loaded, recipe.text, recipe.column, recipe.seed, run.reporter)
     stream = text[0] if text is not None else None
     length = recipe.context_tokens + recipe.continuation_tokens + 1

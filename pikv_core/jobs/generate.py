@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
-
-from pikv_core.cache import PiKVCache
-from pikv_core.errors import PiKVError, UsageError
-from pikv_core.model.loading import LoadedModel, load_model
+from pikv_core.data.prompt_files import read_prompts
 from pikv_core.recipes import GenerateRecipe
-from pikv_core.runs import Run
+from pikv_core.runs import Run, find_model
 
-
-@dataclass(frozen=True)
-class Completion:
-    """What one prompt got; `text` is the completion alone."""
-
-    prompt: str
-    text: str
-    token_ids: list[int]
-    num_prompt_tokens: int
+if TYPE_CHECKING:
+    from pikv_core.model.generation import Completion
 
 
 @dataclass(frozen=True)
@@ -57,17 +41,23 @@ class GenerateResult:
 def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
     """Generate for every prompt of the recipe, in batches."""
     prompts = read_prompts(recipe)
+    find_model(recipe.model)
+
+    from pikv_core.model.generation import Batch, as_chat
+    from pikv_core.model.loading import load_model
+
     loaded = load_model(recipe.model, recipe)
     if recipe.chat:
-        prompts = [_chat(loaded.tokenizer, prompt) for prompt in prompts]
+        prompts = [as_chat(loaded.tokenizer, prompt) for prompt in prompts]
     single = recipe.prompts is None
-    batches = [_Batch(loaded, recipe, part) for part in _batched(prompts, recipe.batch_size)]
-    folder = run.folder
+    size = recipe.batch_size
+    batches = [Batch(loaded, recipe, prompts[start : start + size]) for start in range(0, len(prompts), size)]
     completions: list[Completion] = []
     for batch in batches:
-        completions += batch.generate(run if single else None)
+        found = batch.generate(run.reporter.text if single else None)
+        completions += found
         if not single:
-            for completion in completions[-len(batch.prompts) :]:
+            for completion in found:
                 line = {"prompt": completion.prompt, "text": completion.text}
                 run.reporter.text(json.dumps(line, ensure_ascii=False) + "\n")
             run.reporter.progress("generate", len(completions), len(prompts))
@@ -95,146 +85,4 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
     for name in ("resident_bytes", "peak_bytes", "full_bytes", "tokens_per_s", "time_to_first_token_s"):
         run.telemetry.scalar(f"generate/{name}", getattr(result, name))
     run.finish(result, {"attention": loaded.backend})
-    assert folder == run.folder
     return result
-
-
-def read_prompts(recipe: GenerateRecipe) -> list[str]:
-    """Return the prompts of the one source given: the argument, a file, a jsonl file, or stdin."""
-    given = [name for name in ("prompt", "prompt_file", "prompts") if getattr(recipe, name) is not None]
-    if len(given) > 1:
-        flags = " and ".join(f"--{name}".replace("_", "-").replace("--prompt ", "PROMPT ") for name in given)
-        raise UsageError(f"more than one source of prompts: {flags}", hint="give one of them")
-    if recipe.prompts is not None:
-        return _read_jsonl(Path(recipe.prompts))
-    if recipe.prompt_file is not None:
-        prompt, where = _read(Path(recipe.prompt_file)), recipe.prompt_file
-    elif recipe.prompt in (None, "-"):
-        if sys.stdin is None or sys.stdin.isatty():
-            raise UsageError("no prompt given", hint="give it as an argument, by --prompt-file, --prompts or on stdin")
-        prompt, where = sys.stdin.read().rstrip("\n"), "stdin"
-    else:
-        prompt, where = recipe.prompt or "", "the argument"
-    if not prompt.strip():
-        raise UsageError(f"the prompt is empty ({where})", hint="give at least one word to go on from")
-    return [prompt]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise PiKVError(f"{path}: cannot be read: {error.strerror}", hint="check the path") from error
-    except UnicodeDecodeError as error:
-        raise PiKVError(f"{path}: not UTF-8 text") from error
-
-
-def _read_jsonl(path: Path) -> list[str]:
-    prompts = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            reason = "not a JSON object" if not isinstance(error, KeyError) else "no key 'prompt'"
-            raise PiKVError(f"{path}:{number}: {reason}", hint='each line is {"prompt": "..."}') from error
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise PiKVError(f"{path}:{number}: the prompt is empty", hint='each line is {"prompt": "..."}')
-        prompts.append(prompt)
-    if not prompts:
-        raise PiKVError(f"{path}: no prompts in the file", hint='each line is {"prompt": "..."}')
-    return prompts
-
-
-def _chat(tokenizer: Any, prompt: str) -> str:
-    if not tokenizer.chat_template:
-        raise UsageError("--chat: this model's tokenizer has no chat template", hint="leave out --chat")
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def _batched(prompts: list[str], batch_size: int) -> Iterator[list[str]]:
-    for start in range(0, len(prompts), batch_size):
-        yield prompts[start : start + batch_size]
-
-
-class _Batch:
-    """Some prompts, left-padded to one length, and the cache they share."""
-
-    def __init__(self, loaded: LoadedModel, recipe: GenerateRecipe, prompts: list[str]):
-        self.loaded, self.recipe, self.prompts = loaded, recipe, prompts
-        self.cache = PiKVCache.from_recipe(loaded.model.config, recipe)
-        tokenizer = loaded.tokenizer
-        tokenizer.padding_side = "left"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-        self.inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not recipe.chat).to(
-            loaded.model.device
-        )
-        self.inputs.pop("token_type_ids", None)
-        self.num_later_tokens, self.decode_s, self.first_token_s = 0, 0.0, 0.0
-
-    def generate(self, stream_to: Run | None) -> list[Completion]:
-        """Generate, stream to the run's reporter if given, and keep the times."""
-        model, tokenizer, recipe = self.loaded.model, self.loaded.tokenizer, self.recipe
-        clock = _Clock()
-        output = model.generate(
-            **self.inputs,
-            past_key_values=self.cache,
-            max_new_tokens=recipe.max_new_tokens,
-            do_sample=recipe.temperature > 0,
-            temperature=recipe.temperature or None,
-            top_k=recipe.top_k if recipe.temperature > 0 else None,
-            top_p=recipe.top_p if recipe.temperature > 0 else None,
-            repetition_penalty=recipe.repetition_penalty,
-            pad_token_id=tokenizer.pad_token_id,
-            stopping_criteria=StoppingCriteriaList([clock]),
-            streamer=_Stream(tokenizer, stream_to) if stream_to is not None else None,
-        )
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        length = self.inputs["input_ids"].shape[1]
-        self.first_token_s = clock.times[0] - clock.start
-        self.decode_s = clock.times[-1] - clock.times[0]
-        self.num_later_tokens = (output.shape[1] - length - 1) * len(self.prompts)
-        completions = []
-        for prompt, mask, ids in zip(self.prompts, self.inputs["attention_mask"], output[:, length:].tolist()):
-            ids = _until_stop(ids, model.generation_config.eos_token_id)
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            completions.append(Completion(prompt, text, ids, int(mask.sum())))
-        return completions
-
-
-def _until_stop(ids: list[int], stop: int | list[int] | None) -> list[int]:
-    """Cut the padding that a finished row of a batch was given, and its stop token."""
-    stops = {stop} if isinstance(stop, int) else set(stop or ())
-    for index, token in enumerate(ids):
-        if token in stops:
-            return ids[:index]
-    return ids
-
-
-class _Clock(StoppingCriteria):
-    """Note when each token came; never stops."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.times: list[float] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if input_ids.is_cuda:
-            torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-class _Stream(TextStreamer):
-    """Hand each finished piece of text to the reporter."""
-
-    def __init__(self, tokenizer: Any, run: Run):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._run = run
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._run.reporter.text(text)

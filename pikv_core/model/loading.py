@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from pikv_core.errors import PiKVError
 from pikv_core.recipes import Recipe
+from pikv_core.runs import find_model
 
 
 @dataclass(frozen=True)
@@ -40,24 +40,6 @@ def prepare(recipe: Recipe) -> torch.device:
         raise PiKVError("device 'cuda' is asked for, but torch sees no CUDA device", hint="use --device cpu or auto")
     wanted = recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(wanted)
-
-
-def find_model(name: str) -> str:
-    """Return the model folder of a run folder or model folder, or a hub id as it is."""
-    path = Path(name)
-    for folder in (path / "model", path):
-        if (folder / "config.json").is_file():
-            return str(folder)
-    if path.is_dir():
-        raise PiKVError(
-            f"{name}: no model here: neither config.json nor model/config.json",
-            hint="give a folder that `pikv train` or save_pretrained wrote",
-        )
-    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise PiKVError(
-            f"{name}: no such model folder", hint="`pikv train` writes one; a hub id has the form owner/name"
-        )
-    return name
 
 
 def load_model(name: str, recipe: Recipe) -> LoadedModel:

@@ -44,12 +44,14 @@ def prepare(recipe: Recipe) -> torch.device:
 
 def load_model(name: str, recipe: Recipe) -> LoadedModel:
     """Load what `find_model` finds, in the recipe's dtype on its device."""
+    import huggingface_hub
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     import pikv_core.model  # noqa: F401  registers our own architecture
 
     disable_progress_bar()  # ours goes to stderr, and only on a terminal
+    huggingface_hub.logging.set_verbosity_error()  # every retry would be a line; the error is ours to tell
     device = prepare(recipe)
     source = find_model(name)
     local = Path(source).is_dir()

@@ -80,6 +80,13 @@ class CacheRecipe(Section):
     allocation: AllocationSpec = Component("uniform")
     codec: CodecSpec = Component("none")
 
+    @model_validator(mode="after")
+    def _full_has_no_budget(self) -> CacheRecipe:
+        if self.policy.name == "full" and not (isinstance(self.budget, float) and self.budget == 1.0):
+            text = f"policy 'full' keeps every token, so a budget of {self.budget} means nothing; choose another policy"
+            raise PydanticCustomError("sizes", "{text}", {"text": text})
+        return self
+
 
 class Recipe(Section):
     """What every verb knows."""
@@ -263,13 +270,22 @@ def load(
     load_installed_plugins()
     for plugin in tree.get("plugins") or []:
         load_plugin(str(plugin))
+    hint = f"`pikv {verb} --check` validates a recipe without running it"
+    return validate(RECIPES[verb], tree, source, origin, hint)
+
+
+def validate(
+    schema: type[Section],
+    tree: Mapping[str, Any],
+    source: str,
+    origin: Mapping[str, str] | None = None,
+    hint: str | None = None,
+) -> Any:
+    """Return the frozen section of `schema`, or raise RecipeError; `source` and `origin` (by key) say where from."""
     try:
-        return RECIPES[verb].model_validate(tree)
+        return schema.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(
-            _problems(error, RECIPES[verb], source, origin),
-            hint=f"`pikv {verb} --check` validates a recipe without running it",
-        ) from None
+        raise RecipeError(_problems(error, schema, source, origin or {}), hint) from None
 
 
 def _read(path: Path, verb: str) -> dict[str, Any]:

@@ -17,11 +17,9 @@ from pikv_core.cache.layer import CacheLayer
 from pikv_core.cache.support import windows
 from pikv_core.components import build
 from pikv_core.compression import CODECS
-from pikv_core.errors import UsageError
 from pikv_core.recipes import CacheRecipe
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.allocation import ALLOCATIONS
-from pikv_core.scheduling.full import Full
 
 
 class PiKVCache(Cache):
@@ -35,11 +33,6 @@ class PiKVCache(Cache):
         recipe = recipe or CacheRecipe()
         policy, codec = build(POLICIES, recipe.policy), build(CODECS, recipe.codec)
         allocation, budget = build(ALLOCATIONS, recipe.allocation), Budget(recipe.budget)
-        if isinstance(policy, Full) and budget.limits:
-            raise UsageError(
-                f"policy 'full' keeps every token, so a budget of {recipe.budget} means nothing",
-                hint="choose a policy that drops or selects tokens, or leave the budget out",
-            )
         self.recipe = recipe
         self.peak_bytes = 0
         per_layer = windows(config)
@@ -57,7 +50,7 @@ class PiKVCache(Cache):
         if isinstance(recipe, str | Path):
             recipe = recipes.load("generate", recipe, flags={"model": "given"})
         if isinstance(recipe, Mapping):
-            recipe = CacheRecipe(**recipe)
+            recipe = recipes.validate(CacheRecipe, recipe, "cache")
         return cls(config, recipe if isinstance(recipe, CacheRecipe) else recipe.cache)
 
     @property

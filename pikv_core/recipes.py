@@ -162,6 +162,7 @@ class TrainSettings(Section):
     decay_steps: Positive = 150  # steps at the last lengths with the learning rate falling to zero
     optimizer: Literal["muon", "adamw"] = "muon"
     lr: Annotated[float, Field(gt=0)] = 3e-3
+    expert_lr: Annotated[float, Field(gt=0)] = 0.1  # of the stacked experts, as a multiple of lr
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     warmup_steps: Positive = 50
     clip_norm: Annotated[float, Field(gt=0)] = 1.0

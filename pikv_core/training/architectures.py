@@ -99,10 +99,8 @@ def initialise(model: Any) -> None:
     """Draw the weights anew; every architecture names its parts as Llama and Mixtral do."""
     nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
     for name, weight in model.named_parameters():
-        if weight.dim() == 3:
-            nn.init.normal_(weight, std=weight.shape[2] ** -0.5)
-        elif name.endswith("_proj.weight"):
-            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5 * (0.5 if writes else 1.0))
+        if name.endswith(("_proj.weight", "experts.gate_up_proj", "experts.down_proj")):
+            writes = "o_proj" in name or "down_proj" in name
+            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5 * (0.5 if writes else 1.0))
         elif name.endswith(("q_proj.bias", "k_proj.bias")):
             nn.init.normal_(weight, std=QK_BIAS_STD)

@@ -1,7 +1,8 @@
 """The optimizers: Muon on the matrices inside the blocks, AdamW on everything else, or AdamW alone.
 
 Muon after https://kellerjordan.github.io/posts/muon, its step scaled to that of AdamW (2502.16982), so that one
-learning rate serves both.
+learning rate serves both. Stacked experts have a rate of their own: at AdamW's full rate they learn the answers'
+frequencies before attention learns to look them up, and a small model stays there.
 """
 
 from __future__ import annotations
@@ -25,19 +26,20 @@ class Optimizers:
         self._weights = [weight for weight in model.parameters() if weight.requires_grad]
         decay = settings.weight_decay
         outside = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
-        groups: dict[str, list[Tensor]] = {"muon": [], "decayed": [], "plain": []}
+        groups: dict[str, list[Tensor]] = {"muon": [], "experts": [], "decayed": [], "plain": []}
         for name, weight in model.named_parameters():
             if weight.dim() < 2 or id(weight) in outside:
                 groups["plain"].append(weight)
             elif settings.optimizer == "muon" and weight.dim() == 2 and not name.endswith("gate.weight"):
                 groups["muon"].append(weight)
             else:
-                groups["decayed"].append(weight)
+                groups["experts" if weight.dim() == 3 else "decayed"].append(weight)
         self._all: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
                 [
-                    {"params": groups["decayed"], "weight_decay": decay},
-                    {"params": groups["plain"], "weight_decay": 0.0},
+                    {"params": groups["experts"], "weight_decay": decay, "lr_factor": settings.expert_lr},
+                    {"params": groups["decayed"], "weight_decay": decay, "lr_factor": 1.0},
+                    {"params": groups["plain"], "weight_decay": 0.0, "lr_factor": 1.0},
                 ],
                 lr=settings.lr,
                 betas=BETAS,
@@ -53,7 +55,7 @@ class Optimizers:
         torch.nn.utils.clip_grad_norm_(self._weights, self._clip_norm)
         for optimizer in self._all:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_factor", 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

@@ -25,7 +25,7 @@ def grouped_mm_runs_here():
     return True
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 7, 64])
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 64, 401])
 @pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
 def test_backends_equal_the_reference_with_gradients(backend, num_tokens):
     if backend == "grouped_mm" and not grouped_mm_runs_here():

@@ -12,6 +12,8 @@ def merge_partials(parts: list[Partial], sinks: torch.Tensor | None = None) -> t
 
     sinks: logits [G,N] that take mass and give nothing (attention sinks of gpt-oss). Rows that see nothing get 0.
     """
+    if len(parts) == 1 and sinks is None:
+        return parts[0].output, [(parts[0].lse > -torch.inf).float()]
     lses = torch.stack([part.lse for part in parts])
     total = torch.logsumexp(lses, dim=0)
     if sinks is not None:

@@ -20,6 +20,7 @@ from pikv_core.scheduling.allocation.base import Allocation
 from pikv_core.scheduling.base import Evictor, Policy, Selector, Tokens
 from pikv_kernels.merge_partials import merge_partials
 from pikv_kernels.partial_attention import Partial, causal_attention
+from pikv_kernels.prefill_mass import prefill_mass
 
 CHUNK_ELEMENTS = 2**25  # logits of one query chunk
 CHUNK_QUERIES = 128
@@ -183,15 +184,14 @@ class CacheLayer(CacheLayerMixin):
         position = self._arrive(keys, values, is_token)
         special = softcap is not None or sinks is not None or is_token is not None
         weigh = self._evictor is not None and self._evictor.needs_mass
-        if special or weigh or len(self.stores) > 1:
-            output = self._attend_in_chunks(query, position, scale, softcap, sinks, weigh)
-        elif query.shape[2] == self.num_stored and query.shape[2] > 1 and self.window is None and not self._has_empty:
-            keys, values = self.tail.decoded()
-            output = causal_attention(query, keys, values, scale)
-        elif query.shape[2] == 1:
+        T = query.shape[2]
+        is_prompt = T == self.num_stored and T > 1 and self.window is None and not self._has_empty
+        if is_prompt and not special:
+            output = self._attend_prompt(query, scale, weigh)
+        elif T == 1 and len(self.stores) == 1 and not special and not weigh:
             output = self._attend_plainly(query, position, scale)
         else:
-            output = self._attend_in_chunks(query, position, scale, None, None, False)
+            output = self._attend_in_chunks(query, position, scale, softcap, sinks, weigh)
         if not self.held:
             self.compress()
         return output
@@ -222,6 +222,16 @@ class CacheLayer(CacheLayerMixin):
         ahead = position[:, None, :, None] - held[:, :, None, :]
         visible = (held >= 0)[:, :, None] & (ahead >= 0)
         return visible if self.window is None else visible & (ahead < self.window)
+
+    def _attend_prompt(self, query: torch.Tensor, scale: float, weigh: bool) -> torch.Tensor:
+        """Attend a whole prompt over itself; `weigh` hands the attention mass to the evictor."""
+        keys, values = self.tail.decoded()
+        if not weigh:
+            return causal_attention(query, keys, values, scale)
+        assert self._evictor is not None
+        output, mass = prefill_mass(query, keys, values, scale)
+        self._evictor.observe(self.tail.columns(), mass)
+        return output
 
     def _attend_plainly(self, query: torch.Tensor, position: torch.Tensor, scale: float) -> torch.Tensor:
         """Attend one new token per row over the one store, with nothing to measure."""
@@ -265,7 +275,7 @@ class CacheLayer(CacheLayerMixin):
             output[:, :, start:end] = merged.reshape(B, H, end - start, D)
             for mass, part, share in zip(masses, parts, shares):
                 assert part.probs is not None
-                mass[:, :, : part.probs.shape[-1]] += torch.einsum("bgns,bgn->bgs", part.probs, share / R)
+                mass[:, :, : part.probs.shape[-1]] += torch.matmul(share[:, :, None] / R, part.probs)[:, :, 0]
         for store, mass in zip(stores, masses):
             assert self._evictor is not None
             self._evictor.observe(store.columns(), mass)

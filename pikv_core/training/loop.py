@@ -111,13 +111,22 @@ class Loop:
     def _restore(self) -> int:
         """Take over the run's newest checkpoint; return the number of steps it has behind it."""
         checkpoint = load_checkpoint(self.run.folder) if self.run.resumed else None
+        if checkpoint is not None:
+            self._take_over(checkpoint)
         step = checkpoint.step if checkpoint else 0
         drop_metrics_after(self.run.folder, step)
-        if checkpoint is not None:
-            self.model.load_state_dict(checkpoint.weights)
-            self.optimizers.load_state_dict(checkpoint.optimizers)
-            self.curriculum.load_state_dict(checkpoint.curriculum)
-            torch.set_rng_state(checkpoint.random_state)
         if self.run.resumed:
             self.run.reporter.status(f"going on after step {step}")
         return step
+
+    def _take_over(self, checkpoint: Checkpoint) -> None:
+        try:
+            self.model.load_state_dict(checkpoint.weights)
+            self.optimizers.load_state_dict(checkpoint.optimizers)
+            self.curriculum.load_state_dict(checkpoint.curriculum)
+        except (ValueError, TypeError, RuntimeError, KeyError) as error:
+            raise PiKVError(
+                f"{self.run.folder}: the checkpoint does not fit the run's recipe: {str(error).splitlines()[0]}",
+                hint="it may be of another version of pikv, or of other data; train anew in a new folder",
+            ) from error
+        torch.set_rng_state(checkpoint.random_state)

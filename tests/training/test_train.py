@@ -60,6 +60,14 @@ def train_to(folder, *overrides, reporter=None, resume=False):
     return train.run(recipe, run)
 
 
+def write_corpus(folder):
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for number in range(30):
+        (corpus / f"{number}.txt").write_text(f"the cat {number} sat on the mat and the dog saw it\n" * 20)
+    return corpus
+
+
 def assert_same_end(one, other):
     results = [json.loads((folder / "result.json").read_text())["result"] for folder in (one, other)]
     for key in ("metrics", "num_steps", "stages"):
@@ -81,6 +89,27 @@ def test_a_run_interrupted_and_resumed_equals_one_that_was_not(tmp_path, arch, s
     torch.manual_seed(99)
     train_to(tmp_path / "cut", f"model.arch={arch}", resume=True)
     assert_same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_run_on_text_resumes_with_the_same_tokenizer(tmp_path):
+    corpus = write_corpus(tmp_path)
+    overrides = ["data.task={name: recall, filler: text, num_keys: 16, num_values: 8, vocab_size: 400}"]
+    overrides += [f"data.text=[{corpus}]", "train.filler_loss=0.5", "train.curriculum=[32, 48]"]
+    result = train_to(tmp_path / "whole", *overrides)
+    assert {"recall_32", "answer_loss", "perplexity"} <= set(result.metrics)
+    with pytest.raises(PiKVError, match="interrupted"):
+        train_to(tmp_path / "cut", *overrides, reporter=InterruptedAt(9))
+    train_to(tmp_path / "cut", *overrides, resume=True)
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_lost(tmp_path):
+    with pytest.raises(PiKVError, match="interrupted"):
+        train_to(tmp_path / "cut", reporter=InterruptedAt(9))
+    before = (tmp_path / "cut" / "metrics.jsonl").read_text()
+    with pytest.raises(PiKVError, match="the checkpoint does not fit the run's recipe"):
+        train_to(tmp_path / "cut", "model.hidden_size=64", resume=True)
+    assert (tmp_path / "cut" / "metrics.jsonl").read_text() == before
 
 
 def test_a_run_without_a_checkpoint_starts_from_its_first_step(tmp_path):
@@ -131,10 +160,7 @@ def test_reaching_max_steps_first_is_told(tmp_path):
 
 
 def test_training_lowers_the_loss_on_text(tmp_path):
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    for number in range(30):
-        (corpus / f"{number}.txt").write_text(f"the cat {number} sat on the mat and the dog saw it\n" * 20)
+    corpus = write_corpus(tmp_path)
     overrides = [
         "data.task={name: text, vocab_size: 300}",
         f"data.text=[{corpus}]",

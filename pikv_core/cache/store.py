@@ -140,7 +140,8 @@ class Store:
             held = tensors.get(name)
             if held is None or held.shape[2] < rows:
                 room = self._room(rows * unit) // unit
-                grown = x.new_empty(*x.shape[:2], room, *x.shape[3:])
+                # Zeros, not whatever was there: a masked slot still multiplies its value by a weight of 0.
+                grown = x.new_zeros(*x.shape[:2], room, *x.shape[3:])
                 if held is not None:
                     grown[:, :, :used] = held[:, :, :used]
                 tensors[name] = held = grown

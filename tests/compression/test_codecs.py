@@ -68,3 +68,20 @@ def test_a_store_keeps_tokens_and_columns_together(codec):
     assert torch.equal(store.columns()["mass"], mass.gather(2, slots))
     expected = keys.gather(2, slots[..., None].expand(-1, -1, -1, 16))
     assert (store.decoded()[0] - expected).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("name", CODECS.names())
+def test_spare_room_is_finite(name, monkeypatch):
+    """Pages read with the last, partial one multiply unused slots by a weight of 0: NaN there would spread."""
+
+    def poisoned(x, *shape, **options):
+        return torch.full(shape, torch.nan if x.is_floating_point() else 77, dtype=options.get("dtype", x.dtype))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    codec = build(CODECS, Component(name))
+    store = Store(codec, ("mass",), page_tokens=4 * codec.unit_tokens)
+    for _ in range(5):
+        T = codec.unit_tokens
+        store.append(*torch.randn(2, 1, 2, T, 16).unbind(0), torch.zeros(1, 2, T))
+        for tensor in (*store._encoded.values(), *store._columns.values()):
+            assert tensor.isfinite().all()

@@ -40,12 +40,11 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Return Σ_k weights[t, k]·expert[experts[t, k]](x[t]) for x [T, D]."""
-        dtype = _compute_dtype(x)
+        dtype, backend = _compute_dtype(x), self.chosen_backend(x.device)
         x_TD, gate_up, down = x.to(dtype), self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            if self.chosen_backend(x.device) == "reference":
+            if backend == "reference":
                 return _reference(x_TD, weights, experts, gate_up, down).to(x.dtype)
-            backend = self.chosen_backend(x.device)
             grain = GRAIN if backend == "loop" and experts.numel() >= GRAIN * self.num_experts else 1
             choices_P, places_N, rows_E = _sort(experts.reshape(-1), self.num_experts, grain)
             sorted_PD = x_TD.index_select(0, choices_P // experts.shape[1])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from pikv_core.cache import PiKVCache
+from pikv_core.errors import PiKVError
 from pikv_core.evaluation.attention_error import AttentionError
 from pikv_core.evaluation.methods import Method
 from pikv_core.evaluation.perplexity import measure_perplexity
@@ -71,6 +73,11 @@ def measure(loaded: LoadedModel, method: Method, work: Workload) -> Row:
     perplexity = measure_perplexity(model, probed_cache, windows, context_tokens, work.batch_size)
     if work.texts is None:
         perplexity = recall.answer_perplexity
+    if math.isnan(perplexity) or any(math.isnan(probe.value) for probe in probes):
+        raise PiKVError(
+            f"{method.label} at {method.cache.budget}: the model's numbers are not finite ({loaded.backend})",
+            hint="measure in --dtype float32",
+        )
     cost = measure_cost(model, new_cache, windows.ids[:1, : work.prompt_tokens])
     return Row(
         policy=method.cache.policy.name,

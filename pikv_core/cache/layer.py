@@ -12,18 +12,16 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from pikv_core.cache.budget import Budget, Shape
+from pikv_core.cache.chunks import attend_in_chunks
+from pikv_core.cache.eviction import evict
 from pikv_core.cache.page_bounds import PageBounds
 from pikv_core.cache.store import EMPTY, Store
 from pikv_core.compression.base import Codec
 from pikv_core.compression.none import Plain
 from pikv_core.scheduling.allocation.base import Allocation
-from pikv_core.scheduling.base import Evictor, Policy, Selector, Tokens
-from pikv_kernels.merge_partials import merge_partials
-from pikv_kernels.partial_attention import Partial, causal_attention
+from pikv_core.scheduling.base import Evictor, Policy, Selector
+from pikv_kernels.partial_attention import causal_attention
 from pikv_kernels.prefill_mass import prefill_mass
-
-CHUNK_ELEMENTS = 2**25  # logits of one query chunk
-CHUNK_QUERIES = 128
 
 
 class CacheLayer(CacheLayerMixin):
@@ -59,12 +57,11 @@ class CacheLayer(CacheLayerMixin):
         self._on_change = on_change
         self.reset()
 
-    # --- what transformers asks of a layer -------------------------------------------------------------------
-
     def reset(self) -> None:
         """Forget everything."""
         evictor = self.policy if isinstance(self.policy, Evictor) and self._asked_budget.limits else None
         self._evictor = evictor
+        self._weigher = evictor if evictor is not None and evictor.needs_mass else None
         # A sliding window is short and drops tokens by itself: pages would neither save reads nor stay in place.
         reads_all = not self._asked_budget.limits or self.window is not None
         selector = self.policy if isinstance(self.policy, Selector) and not reads_all else None
@@ -131,8 +128,6 @@ class CacheLayer(CacheLayerMixin):
             self._bounds.select_rows(rows)
         self._on_change()
 
-    # --- measurements ----------------------------------------------------------------------------------------
-
     @property
     def stores(self) -> list[Store]:
         """The stores that hold tokens, older ones first."""
@@ -164,8 +159,6 @@ class CacheLayer(CacheLayerMixin):
         keys, values, position = (torch.cat(tensors, dim=2) for tensors in zip(*parts))
         return keys, values, position
 
-    # --- attention -------------------------------------------------------------------------------------------
-
     def attend(
         self,
         query: torch.Tensor,
@@ -183,15 +176,14 @@ class CacheLayer(CacheLayerMixin):
         del self.arrived
         position = self._arrive(keys, values, is_token)
         special = softcap is not None or sinks is not None or is_token is not None
-        weigh = self._evictor is not None and self._evictor.needs_mass
         T = query.shape[2]
         is_prompt = T == self.num_stored and T > 1 and self.window is None and not self._has_empty
         if is_prompt and not special:
-            output = self._attend_prompt(query, scale, weigh)
-        elif T == 1 and len(self.stores) == 1 and not special and not weigh:
+            output = self._attend_prompt(query, scale)
+        elif T == 1 and len(self.stores) == 1 and not special and self._weigher is None:
             output = self._attend_plainly(query, position, scale)
         else:
-            output = self._attend_in_chunks(query, position, scale, softcap, sinks, weigh)
+            output = self._attend_stores(query, position, scale, softcap, sinks)
         if not self.held:
             self.compress()
         return output
@@ -214,23 +206,47 @@ class CacheLayer(CacheLayerMixin):
         self._on_change()
         return position
 
-    def _visible(self, store: Store, position: torch.Tensor, num_slots: int | None = None) -> torch.Tensor:
+    def _visible(self, store: Store, position: torch.Tensor) -> torch.Tensor:
         """Return bool [B,1|G,T,S]: which slots the queries at `position` [B,T] may see."""
-        held = store.position if num_slots is None else store.position[:, :, :num_slots]
+        held = store.position
         if self._in_order and (store is self.tail or store is self.body):
             held = held[:, :1]  # the heads agree
         ahead = position[:, None, :, None] - held[:, :, None, :]
         visible = (held >= 0)[:, :, None] & (ahead >= 0)
         return visible if self.window is None else visible & (ahead < self.window)
 
-    def _attend_prompt(self, query: torch.Tensor, scale: float, weigh: bool) -> torch.Tensor:
-        """Attend a whole prompt over itself; `weigh` hands the attention mass to the evictor."""
+    def _attend_prompt(self, query: torch.Tensor, scale: float) -> torch.Tensor:
+        """Attend a whole prompt over itself."""
         keys, values = self.tail.decoded()
-        if not weigh:
+        if self._weigher is None:
             return causal_attention(query, keys, values, scale)
-        assert self._evictor is not None
         output, mass = prefill_mass(query, keys, values, scale)
-        self._evictor.observe(self.tail.columns(), mass)
+        self._weigher.observe(self.tail.columns(), mass)
+        return output
+
+    def _attend_stores(
+        self,
+        query: torch.Tensor,
+        position: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attend over all stores, whatever they hold, and let the evictor observe."""
+        T = query.shape[2]
+        stores = self.stores
+        read = [self._read(store, query) for store in stores] if T == 1 else stores
+        only_new = self._in_order and T == self.num_stored
+
+        def visible(store: Store, new: slice) -> torch.Tensor:
+            seen = self._visible(store, position[:, new])
+            return seen[..., : new.stop] if only_new else seen
+
+        weigh = self._weigher is not None
+        output, masses = attend_in_chunks(query, read, visible, scale, softcap, sinks, weigh)
+        for store, mass in zip(stores, masses):
+            assert self._weigher is not None
+            self._weigher.observe(store.columns(), mass)
         return output
 
     def _attend_plainly(self, query: torch.Tensor, position: torch.Tensor, scale: float) -> torch.Tensor:
@@ -241,45 +257,6 @@ class CacheLayer(CacheLayerMixin):
         masked = self._has_empty or self.window is not None or store is not self.tail
         visible = self._visible(store, position) if masked else None
         return store.attend_plainly(rows, visible, scale).reshape(B, H, 1, D)
-
-    def _attend_in_chunks(
-        self,
-        query: torch.Tensor,
-        position: torch.Tensor,
-        scale: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-        weigh: bool,
-    ) -> torch.Tensor:
-        """Attend over all stores, a chunk of queries at a time; `weigh` hands the attention mass to the evictor."""
-        B, H, T, D = query.shape
-        G = self._shape.num_kv_heads
-        R = H // G
-        fresh = self._in_order and T == self.num_stored
-        stores = self.stores
-        read = [self._read(store, query) if T == 1 and not weigh else store for store in stores]
-        masses = [torch.zeros_like(store.position, dtype=torch.float32) for store in stores] if weigh else []
-        chunk = max(1, min(CHUNK_QUERIES, CHUNK_ELEMENTS // (B * H * max(self.num_stored, 1))))
-        output = torch.empty_like(query)
-        for start in range(0, T, chunk):
-            end = min(T, start + chunk)
-            rows = query[:, :, start:end].reshape(B, G, R * (end - start), D)
-            num_slots = end if fresh else None
-            parts: list[Partial] = []
-            for store in read:
-                visible = self._visible(store, position[:, start:end], num_slots)
-                visible = visible[:, :, None].expand(-1, -1, R, -1, -1).flatten(2, 3)
-                parts.append(store.attend(rows, visible, scale, softcap, weigh, num_slots))
-            logits = None if sinks is None else sinks.view(G, R, 1).expand(G, R, end - start).reshape(G, -1)
-            merged, shares = merge_partials(parts, logits)
-            output[:, :, start:end] = merged.reshape(B, H, end - start, D)
-            for mass, part, share in zip(masses, parts, shares):
-                assert part.probs is not None
-                mass[:, :, : part.probs.shape[-1]] += torch.matmul(share[:, :, None] / R, part.probs)[:, :, 0]
-        for store, mass in zip(stores, masses):
-            assert self._evictor is not None
-            self._evictor.observe(store.columns(), mass)
-        return output
 
     def _read(self, store: Store, query: torch.Tensor) -> Store:
         """Return what a single query reads of a store: the selector's pages of it, or all."""
@@ -295,12 +272,12 @@ class CacheLayer(CacheLayerMixin):
         score = selector.score(rows, bounds.lowest, bounds.highest)
         return store.pages(score.topk(num_pages, dim=-1).indices, self._page)
 
-    # --- dropping and encoding -------------------------------------------------------------------------------
-
     def compress(self) -> None:
         """Drop what is over budget, then encode what has left the newest tokens."""
-        if self._evictor is not None or self.window is not None:
-            self._evict()
+        if self.stores and (self._evictor is not None or self.window is not None):
+            dropped = evict(self.stores, self._evictor, self.num_seen, self._capacity(), self.window)
+            self._in_order = self._in_order and not dropped.moved
+            self._has_empty = self._has_empty or dropped.emptied
         if self.body is not None:
             self._encode(self.body)
         self._on_change()
@@ -311,56 +288,6 @@ class CacheLayer(CacheLayerMixin):
         if self._evictor is not None or self._selector is not None:
             capacity = self.allocation.capacity(self.budget.tokens(self.num_seen), self.index, self.num_layers)
         return capacity if self.window is None else capacity.clamp(max=max(1, self.window - 1))
-
-    def _evict(self) -> None:
-        capacity = self._capacity()
-        most = int(capacity.max())
-        uneven = bool((capacity != most).any())
-        over = self.num_stored - most
-        if over <= 0 and not uneven:
-            return
-        stores = self.stores
-        position = torch.cat([store.position for store in stores], dim=2)
-        score = self._score(stores, position, capacity)
-        if uneven:
-            rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            dropped = rank >= capacity.to(self.device)[:, None, None]
-            score = score.masked_fill(dropped, -torch.inf)
-            position = position.masked_fill(dropped, EMPTY)
-            for store, part in zip(stores, position.split([store.num_slots for store in stores], dim=2)):
-                store.position.copy_(part)
-            self._has_empty = True
-        if over <= 0:
-            return
-        self._in_order = False
-        if self.body is not None and self.body.num_slots:
-            self._evict_units(self.body, score[:, :, : self.body.num_slots], over)
-        elif over == 1:
-            self.tail.drop_one(score.argmin(dim=-1))
-        else:
-            self.tail.keep(score.topk(most, dim=-1).indices.sort(dim=-1).values)
-
-    def _evict_units(self, body: Store, score: torch.Tensor, over: int) -> None:
-        """Drop whole units, those of the lowest mean score, but never below the budget."""
-        held = body.num_slots // body.unit
-        drop = min(over // body.unit, held)
-        if drop:
-            units = score.unflatten(2, (held, body.unit)).mean(dim=-1)
-            body.keep(units.topk(held - drop, dim=-1).indices.sort(dim=-1).values)
-
-    def _score(self, stores: list[Store], position: torch.Tensor, capacity: torch.Tensor) -> torch.Tensor:
-        if self._evictor is None:
-            score = position.float()
-        else:
-            columns = {
-                name: torch.cat([store.columns()[name] for store in stores], dim=2) for name in self._evictor.columns
-            }
-            tokens = Tokens(position, columns, self.num_seen.to(self.device), capacity.to(self.device))
-            score = self._evictor.score(tokens)
-        gone = position < 0
-        if self.window is not None:
-            gone = gone | (position < (self.num_seen.to(self.device) - self.window + 1)[:, None, None])
-        return score.masked_fill(gone, -torch.inf)
 
     def _encode(self, body: Store) -> None:
         """Move the oldest units of the tail into the body, in full precision until now."""
@@ -379,8 +306,6 @@ class CacheLayer(CacheLayerMixin):
         if self._bounds is not None:
             self._bounds.append(keys, position >= 0 if self._has_empty else None)
         tail.keep(rest)
-
-    # --- holding and going back ------------------------------------------------------------------------------
 
     def rewind(self, num_tokens: int) -> None:
         """Forget the newest tokens, seen since `held` was set; what evictors learnt from them stays."""

@@ -108,18 +108,10 @@ class Store:
         return picked
 
     def attend(
-        self,
-        query: torch.Tensor,
-        visible: torch.Tensor | None,
-        scale: float,
-        softcap: float | None,
-        with_probs: bool,
-        num_slots: int | None = None,
+        self, query: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float | None, with_probs: bool
     ) -> Partial:
-        """Attend query [B,G,N,D] over the first `num_slots` slots; see `partial_attention`."""
-        keys, values = self.decoded()
-        if num_slots is not None:
-            keys, values = keys[:, :, :num_slots], values[:, :, :num_slots]
+        """Attend query [B,G,N,D] over the first S slots of `visible` [B,1|G,N,S]; see `partial_attention`."""
+        keys, values = (x[:, :, : visible.shape[-1]] for x in self.decoded())
         return partial_attention(query, keys, values, visible, scale, softcap, with_probs)
 
     def attend_plainly(self, query: torch.Tensor, visible: torch.Tensor | None, scale: float) -> torch.Tensor:

@@ -33,7 +33,7 @@ def partial_attention(
     with_probs: bool = False,
 ) -> Partial:
     """Attend query [B,G,N,D] over keys and values [B,G,S,D]; `visible` bool [B,1|G,N,S], None for all."""
-    logits = torch.matmul(query * scale, keys.transpose(-1, -2)).float()
+    logits = torch.matmul(query.float() * scale, keys.float().transpose(-1, -2))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if visible is not None:

@@ -23,13 +23,14 @@ def prefill_mass(
     R = H // G
     chunk = min(T, max(LEAST_QUERIES, CHUNK_ELEMENTS // (B * H * T)))
     ahead = torch.full((chunk, chunk), -torch.inf, device=query.device).triu(1)
+    keys = keys.float()
     output = torch.empty_like(query)
     mass = torch.zeros(B, G, T, dtype=torch.float32, device=query.device)
     for start in range(0, T, chunk):
         end = min(T, start + chunk)
         new = end - start
-        rows = (query[:, :, start:end] * scale).reshape(B, G, R * new, D)
-        logits = torch.matmul(rows, keys[:, :, :end].transpose(-1, -2)).float()
+        rows = (query[:, :, start:end].float() * scale).reshape(B, G, R * new, D)
+        logits = torch.matmul(rows, keys[:, :, :end].transpose(-1, -2))
         logits.view(B, G, R, new, end)[..., start:].add_(ahead[:new, :new])
         probs = torch.softmax(logits, dim=-1)
         output[:, :, start:end] = torch.matmul(probs.to(values.dtype), values[:, :, :end]).reshape(B, H, new, D)

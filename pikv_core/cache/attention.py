@@ -60,7 +60,8 @@ def pikv_attention(
             )
         mask = attention_mask.build() if isinstance(attention_mask, DeferredMask) else attention_mask
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
-    assert attention_mask is None or isinstance(attention_mask, DeferredMask), "a 4-D mask cannot follow evictions"
+    if attention_mask is not None and not isinstance(attention_mask, DeferredMask):
+        raise PiKVError("a 4-D attention mask cannot follow evictions", hint="give a mask [B, T] of ones and zeros")
     is_token = None if attention_mask is None else attention_mask.is_token(query.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = key.attend(query, scale, is_token, kwargs.get("softcap"), kwargs.get("s_aux"))

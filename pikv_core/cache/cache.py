@@ -12,14 +12,16 @@ from transformers.cache_utils import Cache
 
 from pikv_core import recipes
 from pikv_core.cache.attention import ENTRY
-from pikv_core.cache.budget import Budget
+from pikv_core.cache.budget import Budget, Shape
 from pikv_core.cache.layer import CacheLayer
 from pikv_core.cache.support import windows
 from pikv_core.components import build
 from pikv_core.compression import CODECS
+from pikv_core.errors import UsageError
 from pikv_core.recipes import CacheRecipe
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.allocation import ALLOCATIONS
+from pikv_core.scheduling.base import Evictor, Selector
 
 
 class PiKVCache(Cache):
@@ -33,12 +35,18 @@ class PiKVCache(Cache):
         recipe = recipe or CacheRecipe()
         policy, codec = build(POLICIES, recipe.policy), build(CODECS, recipe.codec)
         allocation, budget = build(ALLOCATIONS, recipe.allocation), Budget(recipe.budget)
+        if isinstance(policy, Selector) and isinstance(budget.value, str):
+            raise UsageError(
+                f"policy '{recipe.policy.name}' drops nothing, so a budget of {recipe.budget} in bytes means nothing",
+                hint="give the tokens it reads: a share such as 0.25, or a number per head such as 512",
+            )
         self.recipe = recipe
-        self.peak_bytes = 0
         per_layer = windows(config)
+        self._layer_bytes = [0] * len(per_layer)
+        self._total_bytes = self.peak_bytes = 0
         super().__init__(
             layers=[
-                CacheLayer(index, len(per_layer), policy, codec, allocation, budget, window, self._note_peak)
+                CacheLayer(index, len(per_layer), policy, codec, allocation, budget, window, self._note_bytes)
                 for index, window in enumerate(per_layer)
             ]
         )
@@ -57,6 +65,19 @@ class PiKVCache(Cache):
     def own_layers(self) -> list[CacheLayer]:
         """The layers, as what they are."""
         return cast("list[CacheLayer]", self.layers)
+
+    @staticmethod
+    def in_tokens(config: Any, recipe: CacheRecipe, dtype: torch.dtype) -> CacheRecipe:
+        """Return the recipe with a budget in bytes turned into the tokens per head it is for one sequence."""
+        text = config.get_text_config(decoder=True)
+        heads = text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        shape = Shape(len(windows(config)), 1, kv_heads, head_dim, dtype)
+        policy = build(POLICIES, recipe.policy)
+        columns = len(policy.columns) if isinstance(policy, Evictor) else 0
+        budget = Budget(recipe.budget).resolve(shape, build(CODECS, recipe.codec), columns)
+        return recipe.model_copy(update={"budget": budget.value})
 
     def attach(self, model: PreTrainedModel) -> PiKVCache:
         """Make `model` attend through this cache's entry, and return the cache."""
@@ -85,18 +106,26 @@ class PiKVCache(Cache):
     def hold(self) -> None:
         """Keep all that arrives, whatever the budget, until `compress`; statistics go on."""
         for layer in self.own_layers:
-            layer.held = True
+            layer.hold()
 
     def compress(self) -> None:
         """End `hold`: drop what is over budget and encode."""
         for layer in self.own_layers:
-            layer.held = False
             layer.compress()
+
+    def reset(self) -> None:
+        """Forget every token and the peak."""
+        super().reset()
+        self._layer_bytes = [0] * len(self.own_layers)
+        self._total_bytes = self.peak_bytes = 0
 
     def rewind(self, num_tokens: int) -> None:
         """Forget the newest tokens, fed while the cache was held."""
         for layer in self.own_layers:
             layer.rewind(num_tokens)
 
-    def _note_peak(self) -> None:
-        self.peak_bytes = max(self.peak_bytes, self.resident_bytes)
+    def _note_bytes(self, layer: int) -> None:
+        held = self.own_layers[layer].resident_bytes
+        self._total_bytes += held - self._layer_bytes[layer]
+        self._layer_bytes[layer] = held
+        self.peak_bytes = max(self.peak_bytes, self._total_bytes)

@@ -18,17 +18,26 @@ from pikv_core.cache.page_bounds import PageBounds
 from pikv_core.cache.store import EMPTY, Store
 from pikv_core.compression.base import Codec
 from pikv_core.compression.none import Plain
+from pikv_core.errors import PiKVError
 from pikv_core.scheduling.allocation.base import Allocation
 from pikv_core.scheduling.base import Evictor, Policy, Selector
 from pikv_kernels.partial_attention import causal_attention
 from pikv_kernels.prefill_mass import prefill_mass
+
+# What attention code asks of keys and values, if it takes them for tensors.
+TENSOR_ATTRIBUTES = {"shape", "size", "dim", "ndim", "to", "view", "reshape", "transpose", "permute", "contiguous"}
+TENSOR_ATTRIBUTES |= {"chunk", "split", "unsqueeze", "repeat", "mT", "T"}
+
+
+class NotThroughTheEntry(PiKVError, AttributeError):
+    """Tell a model that bypasses our attention entry; an AttributeError, so that hasattr says no."""
 
 
 class CacheLayer(CacheLayerMixin):
     """Hold a layer's tokens: the newest in full precision (`tail`), older ones under the codec (`body`).
 
     window: tokens a query may look back, itself included (sliding-window layers), None for all.
-    on_change: called with nothing whenever the stored bytes may have changed.
+    on_change: called with the index whenever the stored bytes may have changed.
     """
 
     is_sliding = False
@@ -43,7 +52,7 @@ class CacheLayer(CacheLayerMixin):
         allocation: Allocation,
         budget: Budget,
         window: int | None,
-        on_change: Callable[[], None],
+        on_change: Callable[[int], None],
     ):
         super().__init__()
         self.index = index
@@ -52,7 +61,6 @@ class CacheLayer(CacheLayerMixin):
         self.codec = codec
         self.allocation = allocation
         self.window = window
-        self.held = False
         self._asked_budget = budget
         self._on_change = on_change
         self.reset()
@@ -76,6 +84,8 @@ class CacheLayer(CacheLayerMixin):
         self.body = None if isinstance(self.codec, Plain) else Store(self.codec, columns, self._page)
         self.budget = self._asked_budget
         self.seen_length = 0
+        self.held = False
+        self._num_slots_at_hold = 0
         self.num_seen = torch.zeros(0, dtype=torch.int64)
         self._has_empty = False
         self._in_order = True
@@ -112,6 +122,13 @@ class CacheLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
 
+    def crop(self, *args: Any) -> None:
+        """Refuse: what was evicted or encoded for the tokens to be forgotten cannot be undone."""
+        raise PiKVError(
+            "a PiKV cache cannot take tokens back, which assisted generation and prompt lookup need",
+            hint="generate without an assistant, or use transformers' own cache",
+        )
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.batch_select_indices(torch.arange(len(self.num_seen)).repeat_interleave(repeats))
 
@@ -126,7 +143,9 @@ class CacheLayer(CacheLayerMixin):
             store.select_rows(rows)
         if self._bounds is not None:
             self._bounds.select_rows(rows)
-        self._on_change()
+        self._on_change(self.index)
+
+    arrived: tuple[torch.Tensor, torch.Tensor]  # keys and values between `update` and `attend`
 
     @property
     def stores(self) -> list[Store]:
@@ -153,8 +172,18 @@ class CacheLayer(CacheLayerMixin):
         s = self._shape
         return 2 * len(self.num_seen) * s.num_kv_heads * length * s.head_dim * s.dtype.itemsize
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in TENSOR_ATTRIBUTES:
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        raise NotThroughTheEntry(
+            "the model took the cache's layer for a tensor: it does not attend through the attention entry 'pikv'",
+            hint="call cache.attach(model); if it is attached, the architecture has an attention of its own",
+        )
+
     def retrieve(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return keys, values [B,G,S,D] as the next query will see them, and positions [B,G,S] (-1: empty slot)."""
+        if not self.stores:
+            raise PiKVError(f"layer {self.index} holds no tokens yet", hint="feed the model through the cache first")
         parts = [(*store.decoded(), store.position) for store in self.stores]
         keys, values, position = (torch.cat(tensors, dim=2) for tensors in zip(*parts))
         return keys, values, position
@@ -203,13 +232,13 @@ class CacheLayer(CacheLayerMixin):
         if self._bounds is not None and self.body is None:
             self._bounds.append(keys, None if is_token is None else is_token[:, None].expand(B, G, T))
         self.seen_length += T
-        self._on_change()
+        self._on_change(self.index)
         return position
 
     def _visible(self, store: Store, position: torch.Tensor) -> torch.Tensor:
         """Return bool [B,1|G,T,S]: which slots the queries at `position` [B,T] may see."""
         held = store.position
-        if self._in_order and (store is self.tail or store is self.body):
+        if self._in_order and not store.is_selection:
             held = held[:, :1]  # the heads agree
         ahead = position[:, None, :, None] - held[:, :, None, :]
         visible = (held >= 0)[:, :, None] & (ahead >= 0)
@@ -235,7 +264,7 @@ class CacheLayer(CacheLayerMixin):
         """Attend over all stores, whatever they hold, and let the evictor observe."""
         T = query.shape[2]
         stores = self.stores
-        read = [self._read(store, query) for store in stores] if T == 1 else stores
+        read = [self._read(store, query) if T == 1 else store.plain() for store in stores]
         only_new = self._in_order and T == self.num_stored
 
         def visible(store: Store, new: slice) -> torch.Tensor:
@@ -273,21 +302,25 @@ class CacheLayer(CacheLayerMixin):
         return store.pages(score.topk(num_pages, dim=-1).indices, self._page)
 
     def compress(self) -> None:
-        """Drop what is over budget, then encode what has left the newest tokens."""
+        """Drop what is over budget and encode what has left the newest tokens; ends a `hold`."""
+        self.held = False
+        if self.body is not None and self.body.num_slots:
+            self._encode(self.body)  # new units compete with old ones; a first prompt is evicted token by token
         if self.stores and (self._evictor is not None or self.window is not None):
             dropped = evict(self.stores, self._evictor, self.num_seen, self._capacity(), self.window)
             self._in_order = self._in_order and not dropped.moved
             self._has_empty = self._has_empty or dropped.emptied
         if self.body is not None:
             self._encode(self.body)
-        self._on_change()
+        self._on_change(self.index)
 
     def _capacity(self) -> torch.Tensor:
         """Tokens per head [B] that may stay, on the CPU."""
-        capacity = self.num_seen
-        if self._evictor is not None or self._selector is not None:
-            capacity = self.allocation.capacity(self.budget.tokens(self.num_seen), self.index, self.num_layers)
-        return capacity if self.window is None else capacity.clamp(max=max(1, self.window - 1))
+        most = self.num_seen if self.window is None else self.num_seen.clamp(max=max(1, self.window - 1))
+        if self._evictor is None and self._selector is None:
+            return most
+        capacity = self.allocation.capacity(self.budget.tokens(most), self.index, self.num_layers)
+        return torch.minimum(capacity, most)
 
     def _encode(self, body: Store) -> None:
         """Move the oldest units of the tail into the body, in full precision until now."""
@@ -307,9 +340,14 @@ class CacheLayer(CacheLayerMixin):
             self._bounds.append(keys, position >= 0 if self._has_empty else None)
         tail.keep(rest)
 
+    def hold(self) -> None:
+        """Drop and encode nothing until `compress`."""
+        self.held = True
+        self._num_slots_at_hold = self.tail.num_slots
+
     def rewind(self, num_tokens: int) -> None:
-        """Forget the newest tokens, seen since `held` was set; what evictors learnt from them stays."""
-        assert self.held
+        """Forget the newest tokens, none of them padding, seen since `hold`; what evictors learnt from them stays."""
+        assert self.held and num_tokens <= self.tail.num_slots - self._num_slots_at_hold
         self.tail.drop_newest_slots(num_tokens)
         self.seen_length -= num_tokens
         self.num_seen = self.num_seen - num_tokens

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from pikv_core.compression.base import Codec
+from pikv_core.compression.none import Plain
 from pikv_kernels.partial_attention import Partial, partial_attention, plain_attention
 
 EMPTY = -1  # the position of a slot that holds no token
@@ -17,14 +18,15 @@ class Store:
     """Hold tokens in units of the codec; memory grows in small chunks and shrinks with what is dropped.
 
     columns: names of the float32 statistics kept with each token, beside its int32 `position` (EMPTY: no token).
-    page_tokens: slots are allocated in multiples of it.
+    grain_slots: slots are allocated in multiples of it.
     """
 
-    def __init__(self, codec: Codec, columns: tuple[str, ...] = (), page_tokens: int = 8):
+    def __init__(self, codec: Codec, columns: tuple[str, ...] = (), grain_slots: int = 8):
         self.codec = codec
         self.unit = codec.unit_tokens
         self.num_slots = 0
-        self._page = page_tokens
+        self.is_selection = False  # whether the heads' slots were picked one by one
+        self._grain = grain_slots
         self._column_names = columns
         self._encoded: dict[str, torch.Tensor] = {}
         self._columns: dict[str, torch.Tensor] = {}
@@ -97,7 +99,8 @@ class Store:
     def pages(self, pages: torch.Tensor, page_tokens: int) -> Store:
         """Return a store with only these pages [B,G,K] of `page_tokens` slots each, in page order of the slots."""
         assert page_tokens % self.unit == 0
-        picked = Store(self.codec, ())
+        picked = Store(self.codec)
+        picked.is_selection = True
         picked._dtype = self._dtype
         per_page = page_tokens // self.unit
         picked._encoded = {name: _take_pages(x, pages, per_page) for name, x in self._encoded.items()}
@@ -106,6 +109,15 @@ class Store:
         picked._columns = {"position": position.masked_fill(slots >= self.num_slots, EMPTY)}
         picked.num_slots = position.shape[2]
         return picked
+
+    def plain(self) -> Store:
+        """Return the same tokens decoded, for many attentions in a row; this very store where nothing is encoded."""
+        if isinstance(self.codec, Plain):
+            return self
+        plain = Store(Plain())
+        plain._dtype, plain.num_slots, plain._columns = self._dtype, self.num_slots, self._columns
+        plain._encoded = Plain().encode(*self.decoded())
+        return plain
 
     def attend(
         self, query: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float | None, with_probs: bool
@@ -141,7 +153,7 @@ class Store:
 
     def _room(self, num_slots: int) -> int:
         """Slots to allocate for `num_slots`: up to the next page, with 1 % to grow."""
-        grain = max(self._page, self.unit)
+        grain = max(self._grain, self.unit)
         spare = num_slots // 100 if self.num_slots else 0
         return -(-(num_slots + spare) // grain) * grain
 

@@ -19,6 +19,11 @@ def windows(config: Any) -> list[int | None]:
             f"model type '{kind}' caches latent vectors (multi-head latent attention), not keys and values",
             hint="use a decoder with grouped-query attention (llama, qwen3, mistral, mixtral, qwen3_moe, pikv, ...)",
         )
+    if getattr(text, "num_kv_shared_layers", None):
+        raise PiKVError(
+            f"model type '{kind}' lets some layers read the keys and values of others",
+            hint="use a decoder whose layers each have a cache of their own",
+        )
     window = getattr(text, "sliding_window", None)
     types = getattr(text, "layer_types", None)
     if types is None:

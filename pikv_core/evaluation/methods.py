@@ -20,9 +20,12 @@ class Method:
 
     @property
     def label(self) -> str:
-        """Name policy and codec, as on the command line."""
-        policy, codec = self.cache.policy.name, self.cache.codec.name
-        return policy if codec == "none" else codec if policy == "full" else f"{policy}+{codec}"
+        return label(self.cache.policy.name, self.cache.codec.name)
+
+
+def label(policy: str, codec: str) -> str:
+    """Name a policy and a codec as on the command line: `h2o`, `int8`, `h2o+int8`."""
+    return policy if codec == "none" else codec if policy == "full" else f"{policy}+{codec}"
 
 
 def expand(methods: Iterable[str], budgets: Iterable[float | int | str], allocation: Component) -> list[Method]:

@@ -13,8 +13,11 @@ def frontier(points: Sequence[tuple[float, float]], better: Callable[[float, flo
     """Return the indices of points (bytes, quality) that no point with at most their bytes betters, by bytes."""
     kept: list[int] = []
     for index in sorted(range(len(points)), key=lambda i: points[i][0]):
-        if not kept or better(points[index][1], points[kept[-1]][1]):
-            kept.append(index)
+        if kept and not better(points[index][1], points[kept[-1]][1]):
+            continue
+        if kept and points[index][0] == points[kept[-1]][0]:
+            kept.pop()
+        kept.append(index)
     return kept
 
 
@@ -32,8 +35,8 @@ def draw(rows: Sequence[Row], perplexity_of: str, path: Path) -> None:
     ]
     shares = [row.resident_bytes / row.full_bytes for row in rows]
     for axis, (title, quality, better) in zip(axes, panels):
-        for name in dict.fromkeys(_label(row) for row in rows):
-            picked = [index for index, row in enumerate(rows) if _label(row) == name]
+        for name in dict.fromkeys(row.label for row in rows):
+            picked = [index for index, row in enumerate(rows) if row.label == name]
             axis.scatter([shares[i] for i in picked], [quality[i] for i in picked], label=name, s=28, zorder=3)
         best = frontier(list(zip(shares, quality)), better)
         axis.plot([shares[i] for i in best], [quality[i] for i in best], color="0.6", lw=1, zorder=1)
@@ -45,7 +48,3 @@ def draw(rows: Sequence[Row], perplexity_of: str, path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=140)
     pyplot.close(figure)
-
-
-def _label(row: Row) -> str:
-    return row.policy if row.codec == "none" else f"{row.policy}+{row.codec}"

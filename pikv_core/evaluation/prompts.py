@@ -73,8 +73,15 @@ def read_text(
     return None
 
 
-def text_windows(stream: np.ndarray, source: str, num_texts: int, length: int, seed: int) -> TextWindows:
-    """Return `num_texts` windows of `length` tokens, spread evenly over the stream from a seeded start."""
+def text_windows(
+    loaded: LoadedModel, stream: np.ndarray, source: str, num_texts: int, length: int, seed: int
+) -> TextWindows:
+    """Return `num_texts` windows of `length` tokens, spread evenly over the stream from a seeded start.
+
+    Each opens with the token that the model's tokenizer puts before a text, if it does.
+    """
+    opening = np.asarray(_opening(loaded.tokenizer), dtype=np.int64)
+    length -= len(opening)
     room = len(stream) - length
     if room < 0:
         raise PiKVError(
@@ -83,7 +90,13 @@ def text_windows(stream: np.ndarray, source: str, num_texts: int, length: int, s
         )
     first = np.random.default_rng(seed).integers(0, max(1, room // num_texts))
     starts = np.linspace(first, room, num_texts).astype(np.int64)
-    return TextWindows(torch.from_numpy(np.stack([stream[s : s + length] for s in starts])), source)
+    windows = np.stack([np.concatenate([opening, stream[s : s + length]]) for s in starts])
+    return TextWindows(torch.from_numpy(windows), source)
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """Return what the tokenizer puts before every text: the bos token, or nothing."""
+    return [ids for ids in tokenizer("")["input_ids"] if ids == tokenizer.bos_token_id]
 
 
 def recall_prompts(
@@ -98,7 +111,11 @@ def recall_prompts(
     folder = loaded.folder
     if folder is not None and has_recall(folder):
         return _task_prompts(RecallSource.load(folder), rng, num_queries, length)
-    assert stream is not None
+    if stream is None:
+        raise PiKVError(
+            f"{loaded.source}: the tokenizer does not know the embedded text, and the folder holds no recall task",
+            hint="give text that the model was trained for with --text",
+        )
     return _sentence_prompts(loaded.tokenizer, stream, rng, num_queries, length)
 
 
@@ -146,9 +163,15 @@ def _sentence_prompts(
     numbers = same_length([f" {number}" for number in range(1000, 10000, 37)])
     stop = encode(".")
     Q = min(NUM_NATURAL_QUESTIONS, len(asks))
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in {*asks[0], *numbers[0], *stop}:
+        raise PiKVError(
+            "the model's tokenizer knows no numbers or sentences to ask for",
+            hint="measure a model that was trained on the recall task, or one with a tokenizer of text",
+        )
+    opening = _opening(tokenizer)
     needle = len(asks[0]) + len(numbers[0]) + len(stop)
     C = length - Q * (needle - len(stop))
-    filler = C - Q * needle
+    filler = C - Q * needle - len(opening)
     if filler < Q:
         raise PiKVError(
             f"context_tokens {length} has no room for {Q} needles of {needle} tokens and as many questions",
@@ -160,7 +183,7 @@ def _sentence_prompts(
         values = rng.integers(0, len(numbers), Q)
         start = rng.integers(0, len(stream) - filler + 1)
         cuts = np.sort(rng.integers(0, filler + 1, Q))
-        context: list[int] = []
+        context = list(opening)
         places = []
         for index, piece in enumerate(np.split(stream[start : start + filler], cuts)):
             context += piece.tolist()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from pikv_core.cache import PiKVCache
 from pikv_core.evaluation.prompts import RecallPrompts
-from pikv_core.evaluation.steps import prefill, step
+from pikv_core.evaluation.steps import feed, step
 
 NUM_DEPTHS = 5
 
@@ -50,7 +50,7 @@ def measure_recall(
         questions, answers = prompts.questions[rows], prompts.answers[rows]
         if question == "inside":
             cache.hold()
-        prefill(model, cache, prompts.context[rows])
+        feed(model, cache, prompts.context[rows])
         if question == "inside":
             for asked in questions.unbind(1):
                 for token in asked.unbind(1):

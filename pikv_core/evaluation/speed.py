@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pikv_core.cache import PiKVCache
-from pikv_core.evaluation.steps import prefill, step
+from pikv_core.evaluation.steps import feed, step
 
 NUM_STEPS = 32
 WARM_UP_STEPS = 4
@@ -38,7 +38,7 @@ def measure_cost(model: Any, new_cache: Callable[[], PiKVCache], prompt: torch.T
 
     cache = new_cache()
     start = now()
-    logits = prefill(model, cache, prompt)
+    logits = feed(model, cache, prompt)
     times = [now()]
     for _ in range(NUM_STEPS):
         logits = step(model, cache, logits.argmax(-1))

@@ -9,7 +9,7 @@ from typing import Literal
 from pikv_core.cache import PiKVCache
 from pikv_core.errors import PiKVError
 from pikv_core.evaluation.attention_error import AttentionError
-from pikv_core.evaluation.methods import Method
+from pikv_core.evaluation.methods import Method, label
 from pikv_core.evaluation.perplexity import measure_perplexity
 from pikv_core.evaluation.prompts import RecallPrompts, TextWindows
 from pikv_core.evaluation.recall import measure_recall
@@ -19,7 +19,7 @@ from pikv_core.model.loading import LoadedModel
 
 @dataclass(frozen=True)
 class Row:
-    """What one method did at one budget; bytes are of one sequence of `prompt_tokens` + 32 decoded tokens."""
+    """What one method did at one budget; bytes, of the budget too, are of one sequence: the prompt and 32 tokens."""
 
     policy: str
     codec: str
@@ -36,6 +36,11 @@ class Row:
     ms_per_token: float
     prefill_ms: float
     backend: str
+
+    @property
+    def label(self) -> str:
+        """Name policy and codec, as on the command line."""
+        return label(self.policy, self.codec)
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,10 @@ def measure(loaded: LoadedModel, method: Method, work: Workload) -> Row:
     model = loaded.model
     probes: list[AttentionError] = []
 
+    cache_recipe = PiKVCache.in_tokens(model.config, method.cache, model.dtype)
+
     def new_cache() -> PiKVCache:
-        return PiKVCache(model.config, method.cache)
+        return PiKVCache(model.config, cache_recipe)
 
     def probed_cache() -> PiKVCache:
         cache = new_cache()

@@ -33,12 +33,15 @@ def run(recipe: CompressRecipe, run: Run) -> CompressResult:
     methods = expand(recipe.methods, recipe.budgets, recipe.allocation)
     find_model(recipe.model)
 
+    from pikv_core.cache import PiKVCache
     from pikv_core.evaluation import pareto
     from pikv_core.evaluation.sweep import measure
     from pikv_core.model.loading import load_model
 
     loaded = load_model(recipe.model, recipe)
     work = _workload(recipe, loaded, run)
+    for method in methods:
+        PiKVCache(loaded.model.config, PiKVCache.in_tokens(loaded.model.config, method.cache, loaded.model.dtype))
     folder = run.folder
     rows: list[Row] = []
     for index, method in enumerate(methods):
@@ -69,13 +72,16 @@ def run(recipe: CompressRecipe, run: Run) -> CompressResult:
 
 def _workload(recipe: CompressRecipe, loaded: LoadedModel, run: Run) -> Workload:
     from pikv_core.evaluation import prompts
+    from pikv_core.evaluation.speed import NUM_STEPS
     from pikv_core.evaluation.sweep import Workload
 
+    longest = recipe.context_tokens + max(recipe.continuation_tokens + 1, NUM_STEPS)
+    loaded.check_length(longest, run.reporter)
     text = prompts.read_text(loaded, recipe.text, recipe.column, recipe.seed, run.reporter)
     stream = text[0] if text is not None else None
     length = recipe.context_tokens + recipe.continuation_tokens + 1
     windows = None
     if text is not None:
-        windows = prompts.text_windows(*text, recipe.num_texts, length, recipe.seed)
+        windows = prompts.text_windows(loaded, *text, recipe.num_texts, length, recipe.seed)
     asked = prompts.recall_prompts(loaded, stream, recipe.num_queries, recipe.context_tokens, recipe.seed)
     return Workload(asked, windows, recipe.context_tokens, recipe.question, recipe.batch_size)

@@ -11,7 +11,7 @@ from pikv_core.recipes import GenerateRecipe
 from pikv_core.runs import Run, find_model
 
 if TYPE_CHECKING:
-    from pikv_core.model.generation import Completion
+    from pikv_core.model.generation import BatchCost, Completion
 
 
 @dataclass(frozen=True)
@@ -43,28 +43,27 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
     prompts = read_prompts(recipe)
     find_model(recipe.model)
 
-    from pikv_core.model.generation import Batch, as_chat
+    from pikv_core.model.generation import as_chat, generate_batch
     from pikv_core.model.loading import load_model
 
     loaded = load_model(recipe.model, recipe)
     if recipe.chat:
         prompts = [as_chat(loaded.tokenizer, prompt) for prompt in prompts]
     single = recipe.prompts is None
-    size = recipe.batch_size
-    batches = [Batch(loaded, recipe, prompts[start : start + size]) for start in range(0, len(prompts), size)]
     completions: list[Completion] = []
-    for batch in batches:
-        found = batch.generate(run.reporter.text if single else None)
+    costs: list[BatchCost] = []
+    for start in range(0, len(prompts), recipe.batch_size):
+        part = prompts[start : start + recipe.batch_size]
+        found, cost = generate_batch(loaded, recipe, part, run.reporter, stream=single)
         completions += found
-        if not single:
-            for completion in found:
-                line = {"prompt": completion.prompt, "text": completion.text}
-                run.reporter.text(json.dumps(line, ensure_ascii=False) + "\n")
-            run.reporter.progress("generate", len(completions), len(prompts))
+        costs.append(cost)
+        for completion in [] if single else found:
+            line = {"prompt": completion.prompt, "text": completion.text}
+            run.reporter.text(json.dumps(line, ensure_ascii=False) + "\n")
+        run.reporter.progress("generate", len(completions), len(prompts))
     if single:
         run.reporter.text("\n")
-    largest = max(batches, key=lambda batch: batch.cache.full_bytes)
-    num_later_tokens = sum(batch.num_later_tokens for batch in batches)
+    largest = max(costs, key=lambda cost: cost.full_bytes)
     result = GenerateResult(
         text=completions[0].text if single else None,
         token_ids=completions[0].token_ids if single else None,
@@ -73,11 +72,11 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
         codec=recipe.cache.codec.name,
         allocation=recipe.cache.allocation.name,
         budget=recipe.cache.budget,
-        resident_bytes=largest.cache.resident_bytes,
-        peak_bytes=largest.cache.peak_bytes,
-        full_bytes=largest.cache.full_bytes,
-        tokens_per_s=num_later_tokens / max(sum(batch.decode_s for batch in batches), 1e-9),
-        time_to_first_token_s=batches[0].first_token_s,
+        resident_bytes=largest.resident_bytes,
+        peak_bytes=largest.peak_bytes,
+        full_bytes=largest.full_bytes,
+        tokens_per_s=sum(cost.num_later_tokens for cost in costs) / max(sum(cost.decode_s for cost in costs), 1e-9),
+        time_to_first_token_s=costs[0].first_token_s,
         backend=loaded.backend,
         model=loaded.source,
         completions=None if single else completions,

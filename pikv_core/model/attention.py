@@ -45,9 +45,7 @@ class PiKVAttention(nn.Module):
         q_BHTD, k_BHTD = apply_rotary_pos_emb(q_BHTD, k_BHTD, *position_embeddings)
         if past_key_values is not None:
             k_BHTD, v_BHTD = past_key_values.update(k_BHTD, v_BHTD, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         out, attention = attend(
             self,
             q_BHTD,

@@ -86,9 +86,7 @@ class PiKVModel(PiKVPreTrainedModel):
     def __init__(self, config: Any):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(
-            PiKVDecoderLayer(config, index) for index in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(PiKVDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -133,9 +131,7 @@ class PiKVModel(PiKVPreTrainedModel):
             routings.append(routing)
         x = self.norm(x)
         hidden_states[-1] = x
-        with_hidden = (
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
+        with_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         return PiKVModelOutput(
             last_hidden_state=x,

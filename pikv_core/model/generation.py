@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from pikv_core.cache import PiKVCache
 from pikv_core.errors import UsageError
 from pikv_core.model.loading import LoadedModel
 from pikv_core.recipes import GenerateRecipe
+from pikv_core.runs import Reporter
 
 
 @dataclass(frozen=True)
@@ -34,51 +34,62 @@ def as_chat(tokenizer: Any, prompt: str) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-class Batch:
-    """Some prompts, left-padded to one length, and the cache they share."""
+@dataclass(frozen=True)
+class BatchCost:
+    """Bytes at the end and at the peak, and times; `num_later_tokens` came in `decode_s`, after the first of each."""
 
-    def __init__(self, loaded: LoadedModel, recipe: GenerateRecipe, prompts: list[str]):
-        self.loaded, self.recipe, self.prompts = loaded, recipe, prompts
-        self.cache = PiKVCache.from_recipe(loaded.model.config, recipe)
-        tokenizer = loaded.tokenizer
-        tokenizer.padding_side = "left"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-        self.inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not recipe.chat).to(
-            loaded.model.device
-        )
-        self.inputs.pop("token_type_ids", None)
-        self.num_later_tokens, self.decode_s, self.first_token_s = 0, 0.0, 0.0
+    resident_bytes: int
+    peak_bytes: int
+    full_bytes: int
+    first_token_s: float
+    decode_s: float
+    num_later_tokens: int
 
-    def generate(self, on_text: Callable[[str], None] | None) -> list[Completion]:
-        """Generate, hand finished pieces of text to `on_text`, and keep the times."""
-        model, tokenizer, recipe = self.loaded.model, self.loaded.tokenizer, self.recipe
-        clock = _Clock()
-        output = model.generate(
-            **self.inputs,
-            past_key_values=self.cache,
-            max_new_tokens=recipe.max_new_tokens,
-            do_sample=recipe.temperature > 0,
-            temperature=recipe.temperature or None,
-            top_k=recipe.top_k if recipe.temperature > 0 else None,
-            top_p=recipe.top_p if recipe.temperature > 0 else None,
-            repetition_penalty=recipe.repetition_penalty,
-            pad_token_id=tokenizer.pad_token_id,
-            stopping_criteria=StoppingCriteriaList([clock]),
-            streamer=_Stream(tokenizer, on_text) if on_text is not None else None,
-        )
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        length = self.inputs["input_ids"].shape[1]
-        self.first_token_s = clock.times[0] - clock.start
-        self.decode_s = clock.times[-1] - clock.times[0]
-        self.num_later_tokens = (output.shape[1] - length - 1) * len(self.prompts)
-        completions = []
-        for prompt, mask, ids in zip(self.prompts, self.inputs["attention_mask"], output[:, length:].tolist()):
-            ids = _until_stop(ids, model.generation_config.eos_token_id)
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            completions.append(Completion(prompt, text, ids, int(mask.sum())))
-        return completions
+
+def generate_batch(
+    loaded: LoadedModel, recipe: GenerateRecipe, prompts: list[str], reporter: Reporter, stream: bool
+) -> tuple[list[Completion], BatchCost]:
+    """Generate for prompts padded on the left to one length, through one new cache.
+
+    stream: hand pieces of the (one) completion to the reporter as they are finished.
+    """
+    model, tokenizer = loaded.model, loaded.tokenizer
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not recipe.chat).to(model.device)
+    length = inputs["input_ids"].shape[1]
+    loaded.check_length(length + recipe.max_new_tokens - 1, reporter)
+    cache = PiKVCache.from_recipe(model.config, recipe)
+    clock = _Clock()
+    sampled = recipe.temperature > 0
+    output = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        past_key_values=cache,
+        max_new_tokens=recipe.max_new_tokens,
+        do_sample=sampled,
+        temperature=recipe.temperature if sampled else None,
+        top_k=recipe.top_k if sampled else None,
+        top_p=recipe.top_p if sampled else None,
+        repetition_penalty=recipe.repetition_penalty,
+        pad_token_id=tokenizer.pad_token_id,
+        stopping_criteria=StoppingCriteriaList([clock]),
+        streamer=_Stream(tokenizer, reporter) if stream else None,
+    )
+    completions = []
+    for prompt, mask, row in zip(prompts, inputs["attention_mask"], output[:, length:].tolist()):
+        ids = _until_stop(row, model.generation_config.eos_token_id)
+        completions.append(Completion(prompt, tokenizer.decode(ids, skip_special_tokens=True), ids, int(mask.sum())))
+    cost = BatchCost(
+        resident_bytes=cache.resident_bytes,
+        peak_bytes=cache.peak_bytes,
+        full_bytes=cache.full_bytes,
+        first_token_s=clock.times[0] - clock.start,
+        decode_s=clock.times[-1] - clock.times[0],
+        num_later_tokens=sum(max(0, len(completion.token_ids) - 1) for completion in completions),
+    )
+    return completions, cost
 
 
 def _until_stop(ids: list[int], stop: int | list[int] | None) -> list[int]:
@@ -105,11 +116,11 @@ class _Clock(StoppingCriteria):
 
 
 class _Stream(TextStreamer):
-    """Hand each finished piece of text on."""
+    """Hand each finished piece of text to the reporter."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
+    def __init__(self, tokenizer: Any, reporter: Reporter):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
+        self._reporter = reporter
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._on_text(text)
+        self._reporter.text(text)

@@ -10,7 +10,7 @@ import torch
 
 from pikv_core.errors import PiKVError
 from pikv_core.recipes import Recipe
-from pikv_core.runs import find_model
+from pikv_core.runs import Reporter, find_model
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,17 @@ class LoadedModel:
     @property
     def folder(self) -> Path | None:
         return Path(self.source) if Path(self.source).is_dir() else None
+
+    def check_length(self, num_tokens: int, reporter: Reporter) -> None:
+        """Raise where a model with learned positions has none for so many tokens; tell where rotary ones go beyond."""
+        config = self.model.config.get_text_config(decoder=True)
+        most = getattr(config, "max_position_embeddings", None)
+        if most is None or num_tokens <= most:
+            return
+        text = f"{num_tokens} tokens are needed, the model knows {most} positions"
+        if getattr(config, "rope_parameters", None) is None:
+            raise PiKVError(f"{self.source}: {text}", hint="shorten the prompt or the continuation")
+        reporter.status(f"beyond what the model was made for: {text}")
 
     @property
     def backend(self) -> str:

@@ -7,7 +7,10 @@ from small_models import CONFIGS
 from pikv_core.cache import PiKVCache
 from pikv_core.cache.budget import Budget
 from pikv_core.cache.layer import CacheLayer
+from pikv_core.components import Component
 from pikv_core.compression.none import Plain
+from pikv_core.errors import PiKVError, UsageError
+from pikv_core.recipes import CacheRecipe
 from pikv_core.scheduling.allocation.uniform import Uniform
 from pikv_core.scheduling.h2o import H2O
 from pikv_core.scheduling.streaming_llm import StreamingLLM
@@ -16,7 +19,7 @@ B, H, G, D = 2, 4, 2, 16
 
 
 def layer_of(policy, budget, codec=None, window=None):
-    return CacheLayer(0, 1, policy, codec or Plain(), Uniform(), Budget(budget), window, lambda: None)
+    return CacheLayer(0, 1, policy, codec or Plain(), Uniform(), Budget(budget), window, lambda index: None)
 
 
 def random_steps(lengths, seed=0):
@@ -205,3 +208,52 @@ def test_hold_and_rewind_forget_exactly(small_model):
                 cache.compress()
                 logits.append(model(ids[:, 55:56], past_key_values=cache).logits)
         assert torch.equal(*logits)
+
+
+def test_a_byte_budget_means_the_same_tokens_for_one_sequence(small_model):
+    model = small_model("llama")
+    recipe = CacheRecipe(policy=Component("h2o"), budget="64KiB", codec=Component("int8"))
+    in_tokens = PiKVCache.in_tokens(model.config, recipe, torch.float32)
+    cache = PiKVCache(model.config, recipe)
+    with torch.no_grad():
+        model(torch.randint(1, 97, (1, 700)), past_key_values=cache)
+    assert {layer.budget.value for layer in cache.own_layers} == {in_tokens.budget}
+    with pytest.raises(UsageError, match="drops nothing"):
+        PiKVCache.from_recipe(model.config, {"policy": "quest", "budget": "64KiB"})
+
+
+def test_misuse_is_told(small_model):
+    model = small_model("llama")
+    cache = PiKVCache(model.config)
+    with pytest.raises(PiKVError, match="holds no tokens yet"):
+        cache.retrieve(0)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(PiKVError, match="does not attend through"), torch.no_grad():
+        model(torch.ones(1, 4, dtype=torch.int64), past_key_values=cache)
+    cache = PiKVCache(model.config).attach(model)
+    with torch.no_grad():
+        model(torch.ones(1, 4, dtype=torch.int64), past_key_values=cache)
+    with pytest.raises(PiKVError, match="take tokens back"):
+        cache.crop(-1)
+
+
+def test_reset_forgets_everything(small_model):
+    model = small_model("llama")
+    cache = PiKVCache.from_recipe(model.config, {"policy": "h2o", "budget": 0.5})
+    ids = torch.randint(1, 97, (1, 40))
+    for _ in range(2):
+        cache.hold()
+        cache.reset()
+        assert cache.resident_bytes == cache.peak_bytes == cache.get_seq_length() == 0
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+        assert cache.num_stored == [20, 20, 20]
+        assert cache.peak_bytes >= cache.resident_bytes > 0
+
+
+def test_architectures_that_cache_something_else_are_refused_by_name():
+    from transformers import DeepseekV3Config, Gemma3nTextConfig
+
+    for config, name in ((DeepseekV3Config(), "deepseek_v3"), (Gemma3nTextConfig(), "gemma3n")):
+        with pytest.raises(PiKVError, match=name):
+            PiKVCache(config)

@@ -27,7 +27,7 @@ def brute_force(query, keys, values, num_pages, page):
 @pytest.mark.parametrize("prompt", [100, 96, 90])
 def test_reads_the_pages_with_the_largest_bounds(prompt):
     generator = torch.Generator().manual_seed(0)
-    layer = CacheLayer(0, 1, Quest(dense_layers=0), Plain(), Uniform(), Budget(48), None, lambda: None)
+    layer = CacheLayer(0, 1, Quest(dense_layers=0), Plain(), Uniform(), Budget(48), None, lambda index: None)
     keys, values = (torch.randn(B, G, prompt, D, generator=generator) for _ in range(2))
     layer.update(keys, values)
     layer.attend(torch.randn(B, H, prompt, D, generator=generator), D**-0.5)
@@ -47,8 +47,8 @@ def test_reads_the_pages_with_the_largest_bounds(prompt):
 
 def test_dense_layers_and_full_budgets_read_everything():
     for layer in (
-        CacheLayer(1, 4, Quest(), Plain(), Uniform(), Budget(0.25), None, lambda: None),
-        CacheLayer(3, 4, Quest(), Plain(), Uniform(), Budget(1.0), None, lambda: None),
+        CacheLayer(1, 4, Quest(), Plain(), Uniform(), Budget(0.25), None, lambda index: None),
+        CacheLayer(3, 4, Quest(), Plain(), Uniform(), Budget(1.0), None, lambda index: None),
     ):
         keys, values = torch.randn(2, B, G, 200, D).unbind(0)
         layer.update(keys[:, :, :199], values[:, :, :199])
@@ -64,7 +64,7 @@ def test_dense_layers_and_full_budgets_read_everything():
 def test_quest_over_codes_reads_units_and_the_residual():
     generator = torch.Generator().manual_seed(1)
     codec = Int8(group=16, residual=8)
-    layer = CacheLayer(0, 1, Quest(dense_layers=0), codec, Uniform(), Budget(64), None, lambda: None)
+    layer = CacheLayer(0, 1, Quest(dense_layers=0), codec, Uniform(), Budget(64), None, lambda index: None)
     keys, values = (torch.randn(B, G, 200, D, generator=generator) for _ in range(2))
     layer.update(keys, values)
     layer.attend(torch.randn(B, H, 200, D, generator=generator), D**-0.5)

@@ -79,7 +79,7 @@ def test_spare_room_is_finite(name, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     codec = build(CODECS, Component(name))
-    store = Store(codec, ("mass",), page_tokens=4 * codec.unit_tokens)
+    store = Store(codec, ("mass",), grain_slots=4 * codec.unit_tokens)
     for _ in range(5):
         T = codec.unit_tokens
         store.append(*torch.randn(2, 1, 2, T, 16).unbind(0), torch.zeros(1, 2, T))

@@ -128,13 +128,16 @@ def test_sentences_with_numbers_for_a_model_without_the_task(tmp_path):
     """Any tokenizer is served: here one of bytes, whose words have many lengths."""
 
     class Bytes:
+        bos_token_id, unk_token_id = 2, None
+
         def __call__(self, text, add_special_tokens=True):
-            return {"input_ids": list(text.encode())}
+            return {"input_ids": [2] * add_special_tokens + list(text.encode())}
 
     stream = np.random.default_rng(0).integers(97, 122, 5000)
     loaded = LoadedModel(None, Bytes(), "owner/name")
     prompts = recall_prompts(loaded, stream, 40, 900, seed=0)
     joined = prompts.joined(5)
+    assert (joined[:, 0] == 2).all()
     assert joined.shape == (5, 900)
     for context, questions, answers in zip(prompts.context, prompts.questions, prompts.answers):
         text = bytes(context.tolist())
@@ -146,11 +149,19 @@ def test_sentences_with_numbers_for_a_model_without_the_task(tmp_path):
 
 def test_windows_are_spread_and_long_enough():
     stream = np.arange(1000)
-    windows = text_windows(stream, "numbers", 4, 100, seed=0).ids
+
+    class NoOpening:
+        bos_token_id = None
+
+        def __call__(self, text):
+            return {"input_ids": []}
+
+    loaded = LoadedModel(None, NoOpening(), "owner/name")
+    windows = text_windows(loaded, stream, "numbers", 4, 100, seed=0).ids
     assert windows.shape == (4, 100) and (windows.diff(dim=1) == 1).all()
     assert windows[-1, -1] == 999
     with pytest.raises(PiKVError, match="window takes 2000"):
-        text_windows(stream, "numbers", 4, 2000, seed=0)
+        text_windows(loaded, stream, "numbers", 4, 2000, seed=0)
 
 
 def test_methods_expand_to_rows():
@@ -170,8 +181,8 @@ def test_methods_expand_to_rows():
 
 
 def test_frontier_keeps_what_nothing_betters():
-    points = [(3, 5.0), (1, 1.0), (2, 4.0), (2.5, 3.0), (4, 5.0)]
-    assert frontier(points, lambda new, old: new > old) == [1, 2, 0]
+    points = [(3, 5.0), (1, 1.0), (2, 3.5), (2, 4.0), (2.5, 3.0), (4, 5.0)]
+    assert frontier(points, lambda new, old: new > old) == [1, 3, 0]
 
 
 def test_the_job_writes_rows_and_picture(model_folder, tmp_path):

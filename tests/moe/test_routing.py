@@ -73,9 +73,7 @@ def test_dense_view_unpacks_and_gives_every_choice_one_slot():
     assert dispatch.sum(0).max() == 1
     assert torch.equal(dispatch.sum((0, 2)), routing.expert_tokens)
     torch.testing.assert_close(combine.sum((1, 2)), torch.ones(T))
-    torch.testing.assert_close(
-        combine.sum(2), torch.zeros(T, E).scatter(1, routing.experts, routing.weights.detach())
-    )
+    torch.testing.assert_close(combine.sum(2), torch.zeros(T, E).scatter(1, routing.experts, routing.weights.detach()))
     torch.testing.assert_close(probs.sum(-1), torch.ones(T))
     expected = 0.01 * routing.losses["balance"] + 0.001 * routing.losses["z"]
     torch.testing.assert_close(loss, expected)

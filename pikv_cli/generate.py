@@ -52,10 +52,11 @@ def generate(
 
 def _show(result: Any, folder: Path) -> None:
     ratio = result.resident_bytes / result.full_bytes
+    speed = "" if result.tokens_per_s is None else f"{result.tokens_per_s:.1f} tokens/s, "
     typer.echo(
         f"{result.policy}, {result.codec}, budget {result.budget}: {result.resident_bytes:,} bytes resident "
         f"({ratio:.3f} of {result.full_bytes:,}), peak {result.peak_bytes:,}; "
-        f"{result.tokens_per_s:.1f} tokens/s, first token after {result.time_to_first_token_s:.3f} s "
+        f"{speed}first token after {result.time_to_first_token_s:.3f} s "
         f"({result.backend}); details: {folder}",
         err=True,
     )

@@ -21,7 +21,7 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Mapping[str, 
     from rich.table import Table
 
     rows = list(rows)
-    table = Table(title=title, title_justify="left", show_edge=False)
+    table = Table(show_edge=False)
     shown = [column for column in columns if any(row.get(column) is not None for row in rows)]
     for column in shown:
         numeric = all(isinstance(row.get(column), int | float | None) for row in rows)
@@ -31,6 +31,7 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[Mapping[str, 
     console = Console()
     if not console.is_terminal:
         console.width = 200
+    console.print(title, style="bold", highlight=False, soft_wrap=True)
     console.print(table)
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from pikv_core import __version__
 from pikv_core.errors import PiKVError
 from pikv_core.files import make_folder, write_json, write_text
-from pikv_core.recipes import Recipe, dump
+from pikv_core.recipes import dump
+from pikv_core.schema import Recipe
 from pikv_core.telemetry import Telemetry
 
 RUNS = Path("runs")

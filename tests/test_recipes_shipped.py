@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pikv_core.recipes import RECIPES, dump, load
+from pikv_core.recipes import dump, load
+from pikv_core.schema import RECIPES
 from pikv_core.strict_yaml import parse_yaml
 
 ROOT = Path(__file__).parent.parent

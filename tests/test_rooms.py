@@ -5,7 +5,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("data", "moe", "model", "cache", "compression", "scheduling", "simulation", "evaluation", "training", "jobs")
-COMMON = {"errors", "registry", "files", "recipes", "components", "strict_yaml", "runs", "telemetry", "__init__"}
+COMMON = {
+    "errors",
+    "registry",
+    "files",
+    "recipes",
+    "schema",
+    "components",
+    "strict_yaml",
+    "runs",
+    "telemetry",
+    "__init__",
+}
 MAY = {
     "compression": {"pikv_kernels"},
     "scheduling": {"pikv_kernels"},

@@ -8,7 +8,7 @@ import torch
 
 from pikv_core.compression.base import Codec
 from pikv_core.errors import PiKVError
-from pikv_core.recipes import parse_bytes
+from pikv_core.schema import parse_bytes
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from pikv_core.cache.support import windows
 from pikv_core.components import build
 from pikv_core.compression import CODECS
 from pikv_core.errors import UsageError
-from pikv_core.recipes import CacheRecipe
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.allocation import ALLOCATIONS
 from pikv_core.scheduling.base import Evictor, Selector
+from pikv_core.schema import CacheRecipe
 
 
 class PiKVCache(Cache):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from pikv_core.errors import PiKVError, UsageError
-from pikv_core.recipes import GenerateRecipe
+from pikv_core.schema import GenerateRecipe
 
 
 def read_prompts(recipe: GenerateRecipe) -> list[str]:

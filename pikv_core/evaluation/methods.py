@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pikv_core.components import Component
 from pikv_core.compression import CODECS
 from pikv_core.errors import UsageError, closest
-from pikv_core.recipes import CacheRecipe
 from pikv_core.scheduling import POLICIES
+from pikv_core.schema import CacheRecipe
 
 
 @dataclass(frozen=True)

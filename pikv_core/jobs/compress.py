@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pikv_core.evaluation.methods import expand
-from pikv_core.recipes import CompressRecipe
 from pikv_core.runs import Run, find_model, plain
+from pikv_core.schema import CompressRecipe
 
 if TYPE_CHECKING:
     from pikv_core.evaluation.sweep import Row, Workload

@@ -16,8 +16,8 @@ from pikv_core.data.corpus import DESCRIPTION
 from pikv_core.data.manifest import MANIFEST, read_json
 from pikv_core.errors import PiKVError
 from pikv_core.files import sha256, write_json
-from pikv_core.recipes import GenDataRecipe
 from pikv_core.runs import Run, plain
+from pikv_core.schema import GenDataRecipe
 
 
 @dataclass(frozen=True)

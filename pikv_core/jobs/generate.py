@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pikv_core.data.prompt_files import read_prompts
-from pikv_core.recipes import GenerateRecipe
 from pikv_core.runs import Run, find_model
+from pikv_core.schema import GenerateRecipe
 
 if TYPE_CHECKING:
     from pikv_core.model.generation import BatchCost, Completion
@@ -31,7 +31,7 @@ class GenerateResult:
     resident_bytes: int
     peak_bytes: int
     full_bytes: int
-    tokens_per_s: float
+    tokens_per_s: float | None  # of the tokens after each prompt's first
     time_to_first_token_s: float
     backend: str
     model: str
@@ -63,6 +63,7 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
         run.reporter.progress("generate", len(completions), len(prompts))
     if single:
         run.reporter.text("\n")
+    num_later = sum(cost.num_later_tokens for cost in costs)
     largest = max(costs, key=lambda cost: cost.full_bytes)
     result = GenerateResult(
         text=completions[0].text if single else None,
@@ -75,13 +76,15 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
         resident_bytes=largest.resident_bytes,
         peak_bytes=largest.peak_bytes,
         full_bytes=largest.full_bytes,
-        tokens_per_s=sum(cost.num_later_tokens for cost in costs) / max(sum(cost.decode_s for cost in costs), 1e-9),
+        tokens_per_s=num_later / sum(cost.decode_s for cost in costs) if num_later else None,
         time_to_first_token_s=costs[0].first_token_s,
         backend=loaded.backend,
         model=loaded.source,
         completions=None if single else completions,
     )
-    for name in ("resident_bytes", "peak_bytes", "full_bytes", "tokens_per_s", "time_to_first_token_s"):
+    for name in ("resident_bytes", "peak_bytes", "full_bytes", "time_to_first_token_s"):
         run.telemetry.scalar(f"generate/{name}", getattr(result, name))
+    if result.tokens_per_s is not None:
+        run.telemetry.scalar("generate/tokens_per_s", result.tokens_per_s)
     run.finish(result, {"attention": loaded.backend})
     return result

@@ -11,8 +11,8 @@ import numpy as np
 
 from pikv_core.errors import UsageError
 from pikv_core.files import replacing
-from pikv_core.recipes import SimulateRecipe
 from pikv_core.runs import Run
+from pikv_core.schema import SimulateRecipe
 from pikv_core.simulation.ceiling import ceiling_hits
 from pikv_core.simulation.curve import Curve, curve
 from pikv_core.simulation.load import load

@@ -14,9 +14,10 @@ import transformers
 from pikv_core.components import build
 from pikv_core.data import TASKS
 from pikv_core.data.source import Source
+from pikv_core.errors import UsageError
 from pikv_core.files import replacing
-from pikv_core.recipes import TrainRecipe, TrainSettings
 from pikv_core.runs import Run
+from pikv_core.schema import TrainRecipe, TrainSettings
 from pikv_core.training import hardware
 from pikv_core.training.architectures import build_model
 from pikv_core.training.checkpoint import drop_checkpoints
@@ -48,7 +49,10 @@ def run(recipe: TrainRecipe, run: Run) -> TrainResult:
         torch.set_num_threads(recipe.threads)
     chosen = hardware.choose(recipe.device, recipe.dtype)
     data, settings = recipe.data, recipe.train
-    source = build(TASKS, data.task).open(data.path, recipe.seed, data.text, data.column, run.reporter)
+    task = build(TASKS, data.task)
+    if not hasattr(task, "open"):
+        raise UsageError(f"data.task: '{data.task.name}' is no task to train on", hint="for example recall or text")
+    source = task.open(data.path, recipe.seed, data.text, data.column, run.reporter)
     curriculum = Curriculum(settings, _check_batches(source, settings))
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, source.vocab_size).to(chosen.device)

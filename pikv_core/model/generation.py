@@ -12,8 +12,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 from pikv_core.cache import PiKVCache
 from pikv_core.errors import UsageError
 from pikv_core.model.loading import LoadedModel
-from pikv_core.recipes import GenerateRecipe
 from pikv_core.runs import Reporter
+from pikv_core.schema import GenerateRecipe
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from pikv_core.errors import PiKVError
-from pikv_core.recipes import Recipe
 from pikv_core.runs import Reporter, find_model
+from pikv_core.schema import Recipe
 
 
 @dataclass(frozen=True)

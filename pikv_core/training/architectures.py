@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pikv_core.recipes import ModelRecipe
+from pikv_core.schema import ModelRecipe
 
 EMBEDDING_STD = 0.5
 QK_BIAS_STD = 0.5

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pikv_core.recipes import TrainSettings
+from pikv_core.schema import TrainSettings
 
 AVERAGE_MEMORY = 0.9
 LAST_LENGTHS = 3

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pikv_core.moe.layer import MoE
 from pikv_core.moe.routing import balance_loss, count_tokens, z_loss
-from pikv_core.recipes import ModelRecipe
+from pikv_core.schema import ModelRecipe
 
 
 class Gates(Protocol):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pikv_core.data.source import Source
-from pikv_core.recipes import TrainSettings
+from pikv_core.schema import TrainSettings
 from pikv_core.training.gates import Gates, load_statistics
 from pikv_core.training.hardware import Hardware
 from pikv_core.training.objective import score

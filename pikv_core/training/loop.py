@@ -12,8 +12,8 @@ import torch
 
 from pikv_core.data.source import Source
 from pikv_core.errors import PiKVError
-from pikv_core.recipes import TrainSettings
 from pikv_core.runs import Run
+from pikv_core.schema import TrainSettings
 from pikv_core.training.checkpoint import (
     Checkpoint,
     drop_metrics_after,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pikv_core.recipes import TrainSettings
+from pikv_core.schema import TrainSettings
 
 BETAS = (0.9, 0.95)
 

@@ -10,10 +10,10 @@ from pikv_core.cache.layer import CacheLayer
 from pikv_core.components import Component
 from pikv_core.compression.none import Plain
 from pikv_core.errors import PiKVError, UsageError
-from pikv_core.recipes import CacheRecipe
 from pikv_core.scheduling.allocation.uniform import Uniform
 from pikv_core.scheduling.h2o import H2O
 from pikv_core.scheduling.streaming_llm import StreamingLLM
+from pikv_core.schema import CacheRecipe
 
 B, H, G, D = 2, 4, 2, 16
 

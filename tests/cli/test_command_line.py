@@ -128,6 +128,7 @@ def test_bad_input_has_one_error_and_a_hint(tmp_path):
         (2, ["compress", "--model", "x", "--method", "h2o+h2o"], "at most one policy"),
         (2, ["train", "--resume", tmp_path], "no run to go on with"),
         (2, ["simulate-cache", "--policy", "lru"], "trace: required"),
+        (2, ["train", "--set", "data.task=requests"], "no task to train on"),
     ]
     for code, arguments, message in cases:
         errors, hints = fails(code, *arguments, cwd=tmp_path)

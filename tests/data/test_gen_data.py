@@ -17,8 +17,8 @@ from pikv_core.data import TASKS, corpus, stdlib_text
 from pikv_core.data.recall import Recall
 from pikv_core.errors import PiKVError
 from pikv_core.jobs import gen_data
-from pikv_core.recipes import GenDataRecipe
 from pikv_core.runs import Reporter, Run
+from pikv_core.schema import GenDataRecipe
 
 
 def generate(out: Path, task: Any, **settings: Any) -> gen_data.Result:
@@ -91,7 +91,7 @@ def test_a_written_folder_opens_with_its_own_settings(name: str, tmp_path: Path,
     options = {"filler": "text", "num_keys": 40} if name == "recall" else {}
     written = {"name": name, "vocab_size": 520, **options}
     generate(tmp_path / "data", written, text=[str(text_folder)], num_samples=100)
-    task = build(TASKS, recipes.GenDataRecipe(task=name).task)
+    task = build(TASKS, GenDataRecipe(task=name).task)
     source = task.open(str(tmp_path / "data"), 0, [], None, Reporter())
     assert source.vocab_size == 520
     assert source.task.vocab_size == 520

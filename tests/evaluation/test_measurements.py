@@ -20,8 +20,8 @@ from pikv_core.evaluation.prompts import TextWindows, recall_prompts, text_windo
 from pikv_core.evaluation.recall import measure_recall
 from pikv_core.jobs import compress
 from pikv_core.model.loading import LoadedModel, load_model
-from pikv_core.recipes import CompressRecipe
 from pikv_core.runs import Reporter, Run
+from pikv_core.schema import CompressRecipe
 
 
 @pytest.fixture(scope="module")

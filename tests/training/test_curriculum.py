@@ -1,6 +1,6 @@
 """The course over lengths, without a model."""
 
-from pikv_core.recipes import TrainSettings
+from pikv_core.schema import TrainSettings
 from pikv_core.training.curriculum import AVERAGE_MEMORY, Curriculum
 
 SETTINGS = TrainSettings(

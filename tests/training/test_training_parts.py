@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from pikv_core.data.source import Batch
 from pikv_core.errors import PiKVError, UsageError
-from pikv_core.recipes import ModelRecipe, TrainSettings
+from pikv_core.schema import ModelRecipe, TrainSettings
 from pikv_core.training import hardware
 from pikv_core.training.architectures import build_model
 from pikv_core.training.checkpoint import (

@@ -50,7 +50,7 @@ def main() -> None:
     except PiKVError as error:
         code = _fail(error.message, error.hint, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted", None, 130)
+        code = _fail("interrupted", None, 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1

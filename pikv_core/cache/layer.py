@@ -5,6 +5,7 @@ Shapes: B batch, H query heads, G key/value heads, R = H/G, T new tokens, S stor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -77,7 +78,7 @@ class CacheLayer(CacheLayerMixin):
         self._page = 8
         self._bounds: PageBounds | None = None
         if self._selector is not None:
-            self._page = max(self._selector.page_tokens, self.codec.unit_tokens)
+            self._page = math.lcm(self._selector.page_tokens, self.codec.unit_tokens)
             self._bounds = PageBounds(self._page)
         columns = evictor.columns if evictor else ()
         self.tail = Store(Plain(), columns, self._page if isinstance(self.codec, Plain) else 8)

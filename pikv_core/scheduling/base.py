@@ -59,7 +59,7 @@ class Evictor(Policy, ABC):
 class Selector(Policy, ABC):
     """Choose the pages a decode step reads; nothing is dropped, multi-token steps read everything.
 
-    page_tokens: tokens of a page; where the codec's unit is larger, a page is a unit.
+    page_tokens: tokens of a page; over codes, the least multiple of it that is whole units.
     dense_layers: the first layers, which read everything.
     """
 

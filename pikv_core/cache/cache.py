@@ -35,11 +35,7 @@ class PiKVCache(Cache):
         recipe = recipe or CacheRecipe()
         policy, codec = build(POLICIES, recipe.policy), build(CODECS, recipe.codec)
         allocation, budget = build(ALLOCATIONS, recipe.allocation), Budget(recipe.budget)
-        if isinstance(policy, Selector) and isinstance(budget.value, str):
-            raise UsageError(
-                f"policy '{recipe.policy.name}' drops nothing, so a budget of {recipe.budget} in bytes means nothing",
-                hint="give the tokens it reads: a share such as 0.25, or a number per head such as 512",
-            )
+        _refuse_bytes_for_selectors(recipe)
         self.recipe = recipe
         per_layer = windows(config)
         self._layer_bytes = [0] * len(per_layer)
@@ -74,6 +70,7 @@ class PiKVCache(Cache):
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         shape = Shape(len(windows(config)), 1, kv_heads, head_dim, dtype)
+        _refuse_bytes_for_selectors(recipe)
         policy = build(POLICIES, recipe.policy)
         columns = len(policy.columns) if isinstance(policy, Evictor) else 0
         budget = Budget(recipe.budget).resolve(shape, build(CODECS, recipe.codec), columns)
@@ -129,3 +126,11 @@ class PiKVCache(Cache):
         self._total_bytes += held - self._layer_bytes[layer]
         self._layer_bytes[layer] = held
         self.peak_bytes = max(self.peak_bytes, self._total_bytes)
+
+
+def _refuse_bytes_for_selectors(recipe: CacheRecipe) -> None:
+    if isinstance(recipe.budget, str) and issubclass(POLICIES[recipe.policy.name], Selector):
+        raise UsageError(
+            f"policy '{recipe.policy.name}' drops nothing, so a budget of {recipe.budget} in bytes means nothing",
+            hint="give the tokens it reads: a share such as 0.25, or a number per head such as 512",
+        )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pikv_core.data import corpus
+from pikv_core.data import corpus, text_files
 from pikv_core.data.recall import RecallSource, has_recall
 from pikv_core.data.words import KEYS
 from pikv_core.errors import PiKVError
@@ -48,23 +48,28 @@ class TextWindows:
 def read_text(
     loaded: LoadedModel, paths: list[str], column: str | None, seed: int, reporter: Reporter
 ) -> tuple[np.ndarray, str] | None:
-    """Return held-out text as one stream of the model's tokens, and its source.
+    """Return text as one stream of the model's tokens, and its source.
 
-    The user's files, else what the model's folder holds out, else the embedded corpus. None where the embedded
-    corpus is foreign to the tokenizer (a model of drawn words); files of the user's that are raise PiKVError.
+    The user's files, all of them; else what the model's folder holds out; else the embedded corpus's held-out part.
+    None where the embedded corpus is foreign to the tokenizer (a model of drawn words); files of the user's that are
+    raise PiKVError.
     """
     folder = loaded.folder
     if not paths and folder is not None and (held := corpus.held_out(folder)) is not None:
         return held.astype(np.int64), "the model's held-out text"
-    documents = corpus.load(paths, column, seed, reporter)
+    if paths:
+        documents, source = text_files.read(paths, column), ", ".join(paths)
+    else:
+        embedded = corpus.load(paths, column, seed, reporter)
+        documents, source = embedded.test, embedded.source
     tokenizer = loaded.tokenizer
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = tokenizer(documents.test, add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(documents, add_special_tokens=False)["input_ids"]
     stream = np.concatenate([np.asarray(ids + end, dtype=np.int64) for ids in encoded])
     unknown = tokenizer.unk_token_id
     share = float((stream == unknown).mean()) if unknown is not None else 0.0
     if share <= MOST_UNKNOWN:
-        return stream, documents.source
+        return stream, source
     if paths:
         raise PiKVError(
             f"{', '.join(paths)}: the model's tokenizer does not know {share:.0%} of the words",

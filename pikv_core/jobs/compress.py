@@ -39,9 +39,9 @@ def run(recipe: CompressRecipe, run: Run) -> CompressResult:
     from pikv_core.model.loading import load_model
 
     loaded = load_model(recipe.model, recipe)
-    work = _workload(recipe, loaded, run)
-    for method in methods:
+    for method in methods:  # every cache can be made before the first is measured
         PiKVCache(loaded.model.config, PiKVCache.in_tokens(loaded.model.config, method.cache, loaded.model.dtype))
+    work = _workload(recipe, loaded, run)
     folder = run.folder
     rows: list[Row] = []
     for index, method in enumerate(methods):

@@ -16,7 +16,7 @@ from pikv_core.evaluation.attention_error import AttentionError
 from pikv_core.evaluation.methods import expand
 from pikv_core.evaluation.pareto import frontier
 from pikv_core.evaluation.perplexity import measure_perplexity
-from pikv_core.evaluation.prompts import TextWindows, recall_prompts, text_windows
+from pikv_core.evaluation.prompts import TextWindows, read_text, recall_prompts, text_windows
 from pikv_core.evaluation.recall import measure_recall
 from pikv_core.jobs import compress
 from pikv_core.model.loading import LoadedModel, load_model
@@ -162,6 +162,17 @@ def test_windows_are_spread_and_long_enough():
     assert windows[-1, -1] == 999
     with pytest.raises(PiKVError, match="window takes 2000"):
         text_windows(loaded, stream, "numbers", 4, 2000, seed=0)
+
+
+def test_the_users_text_is_read_whole_and_refused_where_the_model_cannot(tmp_path, loaded):
+    file = tmp_path / "words.txt"
+    file.write_text("f1 f2 k3 v4 " * 50)
+    stream, source = read_text(loaded, [str(file)], None, 0, Reporter())
+    assert len(stream) == 201 and source == str(file)
+    file.write_text("of all these words it knows not one")
+    with pytest.raises(PiKVError, match="does not know"):
+        read_text(loaded, [str(file)], None, 0, Reporter())
+    assert read_text(loaded, [], None, 0, Reporter()) is None
 
 
 def test_methods_expand_to_rows():

@@ -161,7 +161,7 @@ class TrainSettings(Section):
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     filler_loss: Annotated[float, Field(ge=0)] = 0.0  # weight of the next-token loss on the filler
     log_every: Positive = 50
-    checkpoint_every: Positive = 200  # steps
+    checkpoint_every: Positive = 100  # steps
     eval_samples: Positive = 128
     eval_lengths: Annotated[list[Positive], Field(min_length=1)] = [512, 1024]
 

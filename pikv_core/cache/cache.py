@@ -17,7 +17,7 @@ from pikv_core.cache.layer import CacheLayer
 from pikv_core.cache.support import windows
 from pikv_core.components import build
 from pikv_core.compression import CODECS
-from pikv_core.errors import UsageError
+from pikv_core.errors import PiKVError, UsageError
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.allocation import ALLOCATIONS
 from pikv_core.scheduling.base import Evictor, Selector
@@ -46,7 +46,19 @@ class PiKVCache(Cache):
                 for index, window in enumerate(per_layer)
             ]
         )
+        self._config = config
         config._attn_implementation = ENTRY
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Hand new keys and values [B,G,T,D] to a layer, which the attention entry then gets in their place."""
+        if self._config._attn_implementation != ENTRY:
+            raise PiKVError(
+                f"the model's attention was set to '{self._config._attn_implementation}' after the cache was made",
+                hint="call cache.attach(model)",
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @classmethod
     def from_recipe(cls, config: Any, recipe: Any) -> PiKVCache:

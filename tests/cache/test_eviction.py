@@ -228,11 +228,13 @@ def test_misuse_is_told(small_model):
     with pytest.raises(PiKVError, match="holds no tokens yet"):
         cache.retrieve(0)
     model.set_attn_implementation("sdpa")
-    with pytest.raises(PiKVError, match="does not attend through"), torch.no_grad():
+    with pytest.raises(PiKVError, match="set to 'sdpa' after the cache was made"), torch.no_grad():
         model(torch.ones(1, 4, dtype=torch.int64), past_key_values=cache)
-    cache = PiKVCache(model.config).attach(model)
+    cache.attach(model)
     with torch.no_grad():
         model(torch.ones(1, 4, dtype=torch.int64), past_key_values=cache)
+    with pytest.raises(PiKVError, match="took the cache's layer for a tensor"):
+        cache.own_layers[0].transpose(1, 2)
     with pytest.raises(PiKVError, match="take tokens back"):
         cache.crop(-1)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import CONFIGS
+from small_models import CONFIGS, use_stock_attention
 
 from pikv_core.cache import PiKVCache
 from pikv_core.cache.budget import Budget
@@ -259,3 +259,23 @@ def test_architectures_that_cache_something_else_are_refused_by_name():
     for config, name in ((DeepseekV3Config(), "deepseek_v3"), (Gemma3nTextConfig(), "gemma3n")):
         with pytest.raises(PiKVError, match=name):
             PiKVCache(config)
+
+
+@pytest.mark.parametrize("arch", CONFIGS)
+def test_full_bytes_are_what_the_stock_cache_holds(small_model, arch):
+    from transformers import DynamicCache
+
+    model = small_model(arch)
+    ids = torch.randint(1, 97, (2, 60), generator=torch.Generator().manual_seed(6))
+    use_stock_attention(model)
+    stock = DynamicCache(config=model.config)
+    ours = PiKVCache(model.config)
+    for cache in (ours, stock):
+        if cache is stock:
+            use_stock_attention(model)
+        with torch.no_grad():
+            model(ids[:, :50], past_key_values=cache)
+            for token in ids[:, 50:].unbind(1):
+                model(token[:, None], past_key_values=cache)
+    held = sum(x.numel() * x.element_size() for layer in stock.layers for x in (layer.keys, layer.values))
+    assert ours.full_bytes == held

@@ -1,28 +1,28 @@
-"""Asymmetric round-to-nearest quantisation to bytes, with float16 scale and zero point per group (KIVI, 2402.02750)."""
+"""Asymmetric round-to-nearest quantisation, with float16 scale and zero point per group (KIVI, arXiv 2402.02750)."""
 
 from __future__ import annotations
 
 import torch
 
-LEVELS = 255
 
+def quantize(values: torch.Tensor, dim: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return codes below 2^bits (the shape of `values`), scale and zero (float16, `dim` of length 1).
 
-def quantize(values: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return codes (uint8, the shape of `values`), scale and zero (float16, `dim` of length 1).
-
-    A group is all values along `dim`; values = codes · scale + zero, to within half a scale.
+    A group is all values along `dim`; values = codes · scale + zero, to within half a scale. bits: 1 to 16; codes are
+    uint8 up to 8 bits, int32 above. Scale or zero is not finite where a value is not, or leaves float16's range.
     """
+    highest_code = 2**bits - 1
     exact = values.float()
-    low = exact.amin(dim, keepdim=True)
-    zero = _rounded(low, -torch.inf)
-    scale = _rounded(((exact.amax(dim, keepdim=True) - zero.float()) / LEVELS).clamp(min=2.0**-24), torch.inf)
-    codes = ((exact - zero.float()) / scale.float()).round().clamp(0, LEVELS)
-    return codes.to(torch.uint8), scale, zero
+    zero = _rounded(exact.amin(dim, keepdim=True), -torch.inf)
+    span = exact.amax(dim, keepdim=True) - zero.float()
+    scale = _rounded((span / highest_code).clamp(min=2.0**-24), torch.inf)
+    codes = (exact - zero.float()).div_(scale.float()).round_().clamp_(0, highest_code)
+    return codes.to(torch.uint8 if bits <= 8 else torch.int32), scale, zero
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return codes · scale + zero in `dtype`, computed in float32."""
-    return torch.addcmul(zero.float(), codes.float(), scale.float()).to(dtype)
+    return codes.float().mul_(scale.float()).add_(zero.float()).to(dtype)
 
 
 def _rounded(exact: torch.Tensor, towards: float) -> torch.Tensor:

@@ -1,0 +1,96 @@
+"""KIVI's layout of quantised keys and values (arXiv 2402.02750), for any number of bits.
+
+Keys are quantised per channel over the tokens of a block, values per token over groups of channels. Shapes: B batch,
+G key/value heads, N tokens, U blocks, D head dim, C channel groups.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pikv_core.compression.base import Codec
+from pikv_core.compression.empty_slots import fill_empty
+from pikv_core.errors import PiKVError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Kivi(Codec):
+    """Store packed codes with float16 scales and zero points; units are encoded once and never requantised.
+
+    bits: of a code. group: tokens of a unit, and most channels of a value group.
+    """
+
+    bits: ClassVar[int]
+    group: int
+
+    @property
+    def unit_tokens(self) -> int:
+        return self.group
+
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> dict[str, torch.Tensor]:
+        return encode_blocks(keys, values, position, self.group, self.bits)
+
+    def decode(
+        self, encoded: dict[str, torch.Tensor], position: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return decode_blocks(encoded, self.bits, dtype)
+
+
+def encode_blocks(
+    keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor, block_tokens: int, bits: int
+) -> dict[str, torch.Tensor]:
+    """Encode keys, values [B,G,N,D] at `position` [B,G,N] (-1: empty slot) in blocks of `block_tokens` tokens.
+
+    Returns key codes [B,G,U,D,·] with scale and zero [B,G,U,D], value codes [B,G,U,block_tokens,·] with scale and zero
+    [B,G,U,block_tokens,C]. Raises PiKVError where a value is not finite or out of float16's range, or D cannot be
+    packed.
+    """
+    from pikv_kernels.pack_bits import grain, pack
+    from pikv_kernels.quantize_kv import quantize
+
+    D = keys.shape[-1]
+    if D % grain(bits):
+        raise PiKVError(
+            f"codes of {bits} bits need a head dim that is a multiple of {grain(bits)}, got {D}",
+            hint="use codec 'int8', which takes any head dim",
+        )
+    keys, values = (fill_empty(x, position, block_tokens).unflatten(2, (-1, block_tokens)) for x in (keys, values))
+    # Channel-major keys: the scale of a channel is shared by a contiguous run of tokens.
+    key_codes, key_scale, key_zero = quantize(keys.transpose(-1, -2), dim=-1, bits=bits)
+    grouped = values.unflatten(-1, (-1, group_channels(D, block_tokens)))
+    value_codes, value_scale, value_zero = quantize(grouped, dim=-1, bits=bits)
+    for kind, scale, zero in (("keys", key_scale, key_zero), ("values", value_scale, value_zero)):
+        if not (scale.isfinite().all() and zero.isfinite().all()):
+            raise PiKVError(
+                f"the {kind} hold NaN, infinity or numbers beyond float16's 65504, which codes cannot represent",
+                hint="run with codec 'none' to see whether the model's own numbers are finite",
+            )
+    return {
+        "key_codes": pack(key_codes, bits),
+        "key_scale": key_scale.squeeze(-1),
+        "key_zero": key_zero.squeeze(-1),
+        "value_codes": pack(value_codes.flatten(-2), bits),
+        "value_scale": value_scale.squeeze(-1),
+        "value_zero": value_zero.squeeze(-1),
+    }
+
+
+def decode_blocks(encoded: dict[str, torch.Tensor], bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values [B,G,N,D] in `dtype`, given what `encode_blocks` returned."""
+    from pikv_kernels.pack_bits import unpack
+    from pikv_kernels.quantize_kv import dequantize
+
+    # Transposed as bytes, a quarter of the traffic of float32.
+    key_codes = unpack(encoded["key_codes"], bits).transpose(-1, -2).contiguous()
+    keys = dequantize(key_codes, encoded["key_scale"][..., None, :], encoded["key_zero"][..., None, :], dtype)
+    scale, zero = encoded["value_scale"], encoded["value_zero"]
+    value_codes = unpack(encoded["value_codes"], bits).unflatten(-1, (scale.shape[-1], -1))
+    values = dequantize(value_codes, scale[..., None], zero[..., None], dtype)
+    return keys.flatten(2, 3), values.flatten(-2).flatten(2, 3)
+
+
+def group_channels(head_dim: int, most: int) -> int:
+    """Return the channels of a value group: the largest divisor of the head dim up to `most`."""
+    return next(channels for channels in range(min(most, head_dim), 0, -1) if head_dim % channels == 0)

@@ -64,7 +64,7 @@ METHODS = {
         "PyramidKVPress",
         {**SNAPKV.options, "beta": 20},
         SNAPKV.policy,
-        {"name": "pyramid", "window": 64, "beta": 20},
+        {"name": "pyramid", "form": "kvpress", "window": 64, "beta": 20},
     ),
 }
 

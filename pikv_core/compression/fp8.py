@@ -43,10 +43,10 @@ class Float8(Codec):
     def decode(
         self, encoded: dict[str, torch.Tensor], position: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        import torch
+        from pikv_kernels.float8 import decode_e4m3
 
         def decoded(kind: str) -> torch.Tensor:
-            numbers = encoded[f"{kind}_codes"].view(torch.float8_e4m3fn).float()
+            numbers = decode_e4m3(encoded[f"{kind}_codes"])
             return numbers.mul_(encoded[f"{kind}_scale"][..., None, None]).to(dtype).flatten(2, 3)
 
         return decoded("key"), decoded("value")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers
+from small_models import CONFIGS, SMALL
 
 from pikv_core.cache.rotary import Rotary
 from pikv_core.errors import PiKVError
-from small_models import CONFIGS, SMALL
 
 NUM_TOKENS = 20
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 10000.0}

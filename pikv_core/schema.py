@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from pikv_core.components import Component, MemberOf, NameIn
@@ -72,6 +72,8 @@ class CacheRecipe(Section):
     budget: Budget = 1.0  # a share of the tokens seen, tokens per head, or bytes of the whole cache
     allocation: AllocationSpec = Component("uniform")
     codec: CodecSpec = Component("none")
+    calibration: list[str] = []  # folders that hold what calibrated codecs and policies need
+    rerotate: bool = False  # read keys at the positions 0, 1, 2, ... of what is left, as StreamingLLM does
 
     @model_validator(mode="after")
     def _full_has_no_budget(self) -> CacheRecipe:
@@ -92,6 +94,11 @@ class Recipe(Section):
     threads: Positive | None = None
     out: str | None = None  # the run folder; by default the next free one under runs/
     plugins: list[str] = []  # Python files that register members of their own
+
+    @property
+    def job(self) -> str:
+        """Name the module of pikv_core.jobs that carries the recipe out."""
+        return self.verb.replace("-", "_")
 
 
 class GenDataRecipe(Recipe):
@@ -183,22 +190,78 @@ class TrainRecipe(Recipe):
         return self
 
 
+class MethodRecipe(Section):
+    """A policy, a codec or both, to be measured at every budget; written as text where it has no options."""
+
+    policy: PolicySpec = Component("full")
+    codec: CodecSpec = Component("none")
+    allocation: AllocationSpec | None = None  # by default each of the sweep's allocations in turn
+    rerotate: bool = False
+
+    @model_serializer
+    def _plain(self) -> dict[str, Any]:
+        given = {"policy": self.policy.plain(), "codec": self.codec.plain()}
+        if self.allocation is not None:
+            given["allocation"] = self.allocation.plain()
+        return {**given, "rerotate": True} if self.rerotate else given
+
+
+def _method(value: Any) -> Any:
+    from pikv_core.evaluation.methods import parse
+
+    return parse(value) if isinstance(value, str) else value
+
+
+def _target(text: str) -> str:
+    from pikv_core.evaluation.target import Target
+
+    Target.parse(text)
+    return text
+
+
+MethodSpec = Annotated[MethodRecipe, BeforeValidator(_method)]
+TargetSpec = Annotated[str, AfterValidator(_target)]
+Measurement = Literal["recall", "perplexity", "agreement", "ruler"]
+
+
 class CompressRecipe(Recipe):
     """A sweep of methods over budgets."""
 
     verb: Literal["compress"] = "compress"
     model: str
-    methods: Annotated[list[str], Field(min_length=1)] = ["full", "streaming-llm", "h2o", "quest", "h2o+int8"]
+    methods: Annotated[list[MethodSpec], Field(min_length=1)] = Field(
+        ["full", "streaming-llm", "h2o", "quest", "h2o+int8"], validate_default=True
+    )
     budgets: Annotated[list[Budget], Field(min_length=1)] = [0.5, 0.25]
-    allocation: AllocationSpec = Component("uniform")
+    allocations: Annotated[list[AllocationSpec], Field(min_length=1)] = [Component("uniform")]
+    tasks: Annotated[list[Measurement], Field(min_length=1)] = ["recall", "perplexity", "agreement"]
+    target: TargetSpec | None = None  # recall=0.99: report the least bytes that reach it
+    calibration: list[str] = []  # folders that `calibrate` wrote, for what has to be fitted
+    calibrate: bool = False  # fit the codecs named in methods to the model, in place of measuring
+    save: str | None = None  # where `calibrate` writes
     text: list[str] = []
     column: str | None = None
     question: Literal["inside", "after"] = "after"  # whether the policy has seen the question when it compresses
     context_tokens: Annotated[int, Field(ge=16)] = 1024  # length of each prompt
     num_queries: Positive = 2000  # recall questions
-    num_texts: Positive = 16  # continuations scored for perplexity
+    num_texts: Positive = 16  # continuations scored for perplexity and agreement
     continuation_tokens: Positive = 64  # fed one by one after each context
+    ruler_samples: Positive = 25  # of each of RULER's tasks
     batch_size: Positive = 16
+
+    @property
+    def job(self) -> str:
+        return "calibrate" if self.calibrate else "compress"
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> CompressRecipe:
+        if self.calibrate != (self.save is not None):
+            text = "calibrate and save go together: what is fitted has to be written somewhere"
+            raise PydanticCustomError("sizes", "{text}", {"text": text})
+        if self.target is not None and self.target.split("=")[0].strip() not in self.tasks:
+            text = f"target '{self.target}' is not measured; tasks: {', '.join(self.tasks)}"
+            raise PydanticCustomError("sizes", "{text}", {"text": text})
+        return self
 
 
 class GenerateRecipe(Recipe):

@@ -16,6 +16,7 @@ COMMON = {
     "runs",
     "telemetry",
     "__init__",
+    "observation",
 }
 MAY = {
     "compression": {"pikv_kernels"},

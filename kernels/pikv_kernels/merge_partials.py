@@ -10,7 +10,7 @@ from pikv_kernels.partial_attention import Partial
 def merge_partials(parts: list[Partial], sinks: torch.Tensor | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the joint output [B,G,N,D] and each part's share [B,G,N] float32 of the softmax mass.
 
-    sinks: logits [G,N] that take mass and give nothing (attention sinks of gpt-oss). Rows that see nothing get 0.
+    sinks: logits [B|1,G,N] that take mass and give nothing (attention sinks of gpt-oss). Rows that see nothing get 0.
     """
     if len(parts) == 1 and sinks is None:
         return parts[0].output, [(parts[0].lse > -torch.inf).float()]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,27 +36,33 @@ class Budget:
         """Whether anything is ever over this budget."""
         return self.value != 1.0 or not isinstance(self.value, float)
 
-    def resolve(self, shape: Shape, codec: Codec, num_columns: int) -> Budget:
-        """Return the budget in tokens where it is in bytes, by the codec's measured bytes."""
+    def resolve(self, shape: Shape, codecs: Sequence[Codec], num_columns: int) -> Budget:
+        """Return the budget in tokens where it is in bytes, by the measured bytes of the codec of each layer.
+
+        num_columns: float32 statistics that stay with each token, beside its position.
+        """
         if not isinstance(self.value, str):
             return self
         total = parse_bytes(self.value)
         assert total is not None
-        per_head = total // (shape.num_layers * shape.batch * shape.num_kv_heads)
+        per_head = total // (shape.batch * shape.num_kv_heads)
         metadata = 4 * (1 + num_columns)
         plain = 2 * shape.head_dim * shape.dtype.itemsize + metadata
-        zeros = torch.zeros(1, 1, codec.unit_tokens, shape.head_dim, dtype=shape.dtype)
-        unit_bytes = sum(x.numel() * x.element_size() for x in codec.encode(zeros, zeros).values())
-        encoded = unit_bytes / codec.unit_tokens + metadata
-        # The newest tokens wait in full precision until a unit of them is encoded.
-        waiting = codec.residual + codec.unit_tokens - 1
-        tokens = per_head // plain if codec.unit_tokens == 1 else 0
-        if codec.unit_tokens > 1:
-            tokens = min(per_head // plain, waiting) + int(max(0, per_head - waiting * plain) // encoded)
+        encoded = [_bytes_per_token(codec, shape) + metadata for codec in codecs]
+
+        def needed(num_tokens: int) -> int:
+            """Bytes of one head in all layers; the newest tokens wait in full precision until a unit is encoded."""
+            need = 0.0
+            for codec, each in zip(codecs, encoded):
+                waiting = 0 if codec.unit_tokens == 1 else codec.residual + codec.unit_tokens - 1
+                need += min(num_tokens, waiting) * plain + max(0, num_tokens - waiting) * each
+            return math.ceil(need)
+
+        tokens = bisect.bisect_right(range(1 + per_head), per_head, key=needed) - 1
         if tokens < 1:
+            least = needed(1) * shape.batch * shape.num_kv_heads
             raise PiKVError(
-                f"a budget of {self.value} holds no token: one token per head takes "
-                f"{plain * shape.num_layers * shape.batch * shape.num_kv_heads:,} bytes in the whole cache",
+                f"a budget of {self.value} holds no token: one token per head takes {least:,} bytes in the whole cache",
                 hint="raise --budget, or give it as a share or in tokens",
             )
         return Budget(tokens)
@@ -64,3 +73,11 @@ class Budget:
             return (num_seen * self.value + 1e-6).long().clamp(min=1)
         assert isinstance(self.value, int)
         return torch.full_like(num_seen, self.value)
+
+
+def _bytes_per_token(codec: Codec, shape: Shape) -> float:
+    """Measure what the codec makes of one unit of one head, codes and scales."""
+    unit = codec.unit_tokens
+    zeros = torch.zeros(1, shape.num_kv_heads, unit, shape.head_dim, dtype=shape.dtype)
+    encoded = codec.encode(zeros, zeros, torch.zeros(zeros.shape[:3], dtype=torch.int32))
+    return sum(x.numel() * x.element_size() for x in encoded.values()) / (unit * shape.num_kv_heads)

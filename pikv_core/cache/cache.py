@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -14,13 +15,16 @@ from pikv_core import recipes
 from pikv_core.cache.attention import ENTRY
 from pikv_core.cache.budget import Budget, Shape
 from pikv_core.cache.layer import CacheLayer
-from pikv_core.cache.support import windows
-from pikv_core.components import build
+from pikv_core.cache.rotary import Rotary
+from pikv_core.cache.support import check_recipe, windows
+from pikv_core.components import Component, build
 from pikv_core.compression import CODECS
-from pikv_core.errors import PiKVError, UsageError
+from pikv_core.compression.base import Codec
+from pikv_core.errors import PiKVError
+from pikv_core.observation import LayerRun
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.allocation import ALLOCATIONS
-from pikv_core.scheduling.base import Evictor, Selector
+from pikv_core.scheduling.base import Evictor, Policy
 from pikv_core.schema import CacheRecipe
 
 
@@ -28,26 +32,50 @@ class PiKVCache(Cache):
     """Serve as `past_key_values` of any decoder that attends through transformers' attention interface.
 
     config: the model's own config object; its attention is switched to the entry "pikv", which without a PiKVCache
-    is transformers' SDPA. recipe: policy, budget, allocation and codec.
+    is transformers' SDPA. recipe: policy, budget, allocation and codec. Policies and codecs that rotate keys or were
+    calibrated also need the model: `PiKVCache.for_model(model, recipe)`, or `attach(model)` before the first token.
     """
 
     def __init__(self, config: Any, recipe: CacheRecipe | None = None):
         recipe = recipe or CacheRecipe()
-        policy, codec = build(POLICIES, recipe.policy), build(CODECS, recipe.codec)
-        allocation, budget = build(ALLOCATIONS, recipe.allocation), Budget(recipe.budget)
-        _refuse_bytes_for_selectors(recipe)
-        self.recipe = recipe
+        check_recipe(recipe)
+        policy, allocation = build(POLICIES, recipe.policy), build(ALLOCATIONS, recipe.allocation)
+        budget = Budget(recipe.budget)
+        self.recipe, self._config = recipe, config
         per_layer = windows(config)
+        self._asked_codec = build(CODECS, recipe.codec)
+        self._codec_tensors = _tensors("codec", recipe.codec, self._asked_codec.calibrated, recipe, config)
+        self._codecs: list[Codec] | None = None
+        policy_tensors = _tensors("policy", recipe.policy, policy.calibrated, recipe, config)
+        self._num_columns = _num_columns(policy, self._asked_codec)
+        self._compares_layers = allocation.compares_layers and isinstance(policy, Evictor)
         self._layer_bytes = [0] * len(per_layer)
         self._total_bytes = self.peak_bytes = 0
+        self.events: list[dict[str, Any]] = []  # what policies tell of the run, such as switches
+        self.repeat_words: torch.Tensor | None = None  # [1,K]: put before the prompt when it is shown again
+        shared: dict[str, Any] = {}
         super().__init__(
             layers=[
-                CacheLayer(index, len(per_layer), policy, codec, allocation, budget, window, self._note_bytes)
+                CacheLayer(
+                    LayerRun(index, len(per_layer), fitted=policy_tensors, shared=shared, events=self.events),
+                    policy,
+                    allocation,
+                    budget,
+                    window,
+                    recipe.rerotate,
+                    self._bind,
+                    self._after_step,
+                    self._note_bytes,
+                )
                 for index, window in enumerate(per_layer)
             ]
         )
-        self._config = config
         config._attn_implementation = ENTRY
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, recipe: Any) -> PiKVCache:
+        """Build from whatever `from_recipe` takes, and attach to the model."""
+        return cls.from_recipe(model.config, recipe).attach(model)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -74,24 +102,55 @@ class PiKVCache(Cache):
         """The layers, as what they are."""
         return cast("list[CacheLayer]", self.layers)
 
-    @staticmethod
-    def in_tokens(config: Any, recipe: CacheRecipe, dtype: torch.dtype) -> CacheRecipe:
+    @classmethod
+    def in_tokens(cls, model: PreTrainedModel, recipe: CacheRecipe) -> CacheRecipe:
         """Return the recipe with a budget in bytes turned into the tokens per head it is for one sequence."""
-        text = config.get_text_config(decoder=True)
+        cache = cls.for_model(model, recipe)
+        text = model.config.get_text_config(decoder=True)
         heads = text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        shape = Shape(len(windows(config)), 1, kv_heads, head_dim, dtype)
-        _refuse_bytes_for_selectors(recipe)
-        policy = build(POLICIES, recipe.policy)
-        columns = len(policy.columns) if isinstance(policy, Evictor) else 0
-        budget = Budget(recipe.budget).resolve(shape, build(CODECS, recipe.codec), columns)
+        _, budget = cache._bind(0, Shape(len(cache.layers), 1, kv_heads, head_dim, model.dtype))
         return recipe.model_copy(update={"budget": budget.value})
 
     def attach(self, model: PreTrainedModel) -> PiKVCache:
-        """Make `model` attend through this cache's entry, and return the cache."""
+        """Make `model` attend through this cache's entry, and return the cache.
+
+        Raises UsageError where a calibration was made for another model.
+        """
+        if self.recipe.calibration:
+            from pikv_core.cache import calibration
+
+            calibration.check_model(self.recipe.calibration, model)
+        rotary = Rotary.of(model)
+        for layer in self.own_layers:
+            layer.run.rotary = rotary
+        self._codecs = None
         model.set_attn_implementation(ENTRY)
         return self
+
+    @property
+    def looks(self) -> Literal["repeat", "future"] | None:
+        """What the policy has to be shown after a prompt (see `Evictor.looks`), None for nothing."""
+        evictor = self.own_layers[0].evictor
+        return None if evictor is None else evictor.looks
+
+    def look(self, looking: bool) -> None:
+        """Let a policy that looks observe what is fed from now on, while the cache is held, or no longer."""
+        for layer in self.own_layers:
+            layer.look(looking)
+
+    def fork(self) -> PiKVCache:
+        """Return a copy with storage of its own, which goes on from here apart from this one."""
+        shared = [self._config, self.recipe, self._codecs, self._codec_tensors, self._asked_codec]
+        for layer in self.own_layers:
+            shared += [layer.policy, layer.allocation, layer.run.rotary, layer.run.fitted]
+        return copy.deepcopy(self, {id(x): x for x in shared})
+
+    @property
+    def positions(self) -> list[torch.Tensor]:
+        """True positions [B,G,S] of what each layer stores, -1 for empty slots."""
+        return [layer.positions() for layer in self.own_layers]
 
     @property
     def resident_bytes(self) -> int:
@@ -105,7 +164,7 @@ class PiKVCache(Cache):
 
     @property
     def num_stored(self) -> list[int]:
-        """Slots per head of each layer."""
+        """Slots per head of each layer; the mean, rounded up, where heads are unequal."""
         return [layer.num_stored for layer in self.own_layers]
 
     def retrieve(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -127,11 +186,33 @@ class PiKVCache(Cache):
         super().reset()
         self._layer_bytes = [0] * len(self.own_layers)
         self._total_bytes = self.peak_bytes = 0
+        self._codecs = None
 
     def rewind(self, num_tokens: int) -> None:
         """Forget the newest tokens, fed while the cache was held."""
         for layer in self.own_layers:
             layer.rewind(num_tokens)
+
+    def _bind(self, layer: int, shape: Shape) -> tuple[Codec, Budget]:
+        """Return a layer's codec and the budget in tokens, now that the keys' shape is known."""
+        if self._codecs is None:
+            rotary = self.own_layers[0].run.rotary
+            self._codecs = [
+                self._asked_codec.for_layer(index, self._codec_tensors, rotary) for index in range(len(self.layers))
+            ]
+            if self.recipe.rerotate and rotary is None:
+                raise PiKVError(
+                    "rerotate needs the model's rotary embedding",
+                    hint="make the cache by PiKVCache.for_model(model, recipe); learned positions cannot be moved",
+                )
+        return self._codecs[layer], Budget(self.recipe.budget).resolve(shape, self._codecs, self._num_columns)
+
+    def _after_step(self, layer: int, is_prompt: bool) -> None:
+        """Let a layer drop and encode; all of them after the last one, where the allocation compares layers."""
+        if not (self._compares_layers and is_prompt):
+            self.own_layers[layer].compress()
+        elif layer == len(self.layers) - 1:
+            self.compress()
 
     def _note_bytes(self, layer: int) -> None:
         held = self.own_layers[layer].resident_bytes
@@ -140,9 +221,19 @@ class PiKVCache(Cache):
         self.peak_bytes = max(self.peak_bytes, self._total_bytes)
 
 
-def _refuse_bytes_for_selectors(recipe: CacheRecipe) -> None:
-    if isinstance(recipe.budget, str) and issubclass(POLICIES[recipe.policy.name], Selector):
-        raise UsageError(
-            f"policy '{recipe.policy.name}' drops nothing, so a budget of {recipe.budget} in bytes means nothing",
-            hint="give the tokens it reads: a share such as 0.25, or a number per head such as 512",
-        )
+def _tensors(
+    kind: Literal["codec", "policy"], component: Component, calibrated: bool, recipe: CacheRecipe, config: Any
+) -> Mapping[str, torch.Tensor]:
+    if not calibrated:
+        return {}
+    from pikv_core.cache import calibration
+
+    return calibration.fitted(recipe.calibration, kind, component, config)
+
+
+def _num_columns(policy: Policy, codec: Codec) -> int:
+    """Count the float32 statistics that stay with each token."""
+    own = 0
+    if isinstance(policy, Evictor):
+        own = 1 if policy.decides_once else len(policy.columns)
+    return own + len(codec.columns)

@@ -1,10 +1,12 @@
-"""Attention over several stores, a chunk of queries at a time, with what evictors measure.
+"""Attention over several stores, a chunk of queries at a time, and the rows that observers see of it.
 
-Shapes: B batch, H query heads, G key/value heads, R = H/G, T new tokens, S stored slots, D head dim.
+Shapes: B batch, H query heads, G key/value heads, R = H/G, T new tokens, N queries of a chunk, S stored slots, D head
+dim.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +17,8 @@ from pikv_kernels.merge_partials import merge_partials
 CHUNK_ELEMENTS = 2**22  # logits at a time
 CHUNK_QUERIES = 128
 
+Show = Callable[[slice, list[torch.Tensor], torch.Tensor], None]
+
 
 def attend_in_chunks(
     query: torch.Tensor,
@@ -23,33 +27,41 @@ def attend_in_chunks(
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
-    weigh: bool,
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return the output [B,H,T,D] and, with `weigh`, each store's attention mass [B,G,S]: mean over a group's heads.
+    num_shown: int,
+    show: Show,
+) -> torch.Tensor:
+    """Return the output [B,H,T,D], and show the attention of the newest `num_shown` queries.
 
-    visible: given a store and a slice of the queries, bool [B,1|G,T,S'] of its first S' slots; later ones are ahead of
-    those queries. sinks: logits [H] that take attention and give nothing.
+    visible: given a store and a slice of the queries, bool [B,1|G,N,S'] of its first S' slots; later ones are ahead of
+    those queries. sinks: logits [B|1,G,R] that take attention and give nothing. show: called with a slice of the
+    queries, each store's softmax rows [B,G,R,N,S'] over what all stores hold, and how many slots each query sees
+    [B,G,N].
     """
     B, H, T, D = query.shape
     G = stores[0].position.shape[1]
     R = H // G
-    masses = [torch.zeros_like(store.position, dtype=torch.float32) for store in stores] if weigh else []
+    first = max(0, T - num_shown)
     num_slots = sum(store.num_slots for store in stores)
     chunk = max(1, min(CHUNK_QUERIES, CHUNK_ELEMENTS // (B * H * num_slots)))
+    bounds = sorted({*range(0, first, chunk), *range(first, T, chunk), T})
     output = torch.empty_like(query)
-    for start in range(0, T, chunk):
-        new = slice(start, min(T, start + chunk))
-        length = new.stop - start
-        rows = query[:, :, new].reshape(B, G, R * length, D)
+    for start, end in itertools.pairwise(bounds):
+        new = slice(start, end)
+        N = end - start
+        shown = start >= first
+        by_group = query[:, :, new].reshape(B, G, R * N, D)
+        seen = [visible(store, new) for store in stores]
         parts = []
-        for store in stores:
-            seen = visible(store, new)
-            by_row = seen[:, :, None].expand(-1, -1, R, -1, -1).flatten(2, 3)
-            parts.append(store.attend(rows, by_row, scale, softcap, weigh))
-        logits = None if sinks is None else sinks.view(G, R, 1).expand(G, R, length).reshape(G, -1)
+        for store, mask in zip(stores, seen):
+            by_row = mask[:, :, None].expand(-1, -1, R, -1, -1).flatten(2, 3)
+            parts.append(store.attend(by_group, by_row, scale, softcap, shown))
+        logits = None if sinks is None else sinks[..., None].expand(-1, G, R, N).flatten(2)
         merged, shares = merge_partials(parts, logits)
-        output[:, :, new] = merged.reshape(B, H, length, D)
-        for mass, part, share in zip(masses, parts, shares):
-            assert part.probs is not None
-            mass[:, :, : part.probs.shape[-1]] += torch.matmul(share[:, :, None] / R, part.probs)[:, :, 0]
-    return output, masses
+        output[:, :, new] = merged.reshape(B, H, N, D)
+        if shown:
+            alone = len(parts) == 1 and sinks is None
+            rows = [part.probs for part in parts if part.probs is not None]
+            probs = rows if alone else [x * share[..., None] for x, share in zip(rows, shares, strict=True)]
+            count = torch.stack([mask.sum(-1) for mask in seen]).sum(0)
+            show(new, [x.view(B, G, R, N, -1) for x in probs], count.expand(B, G, N))
+    return output

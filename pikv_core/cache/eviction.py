@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from pikv_core.cache.store import EMPTY, Store
-from pikv_core.scheduling.base import Evictor, Tokens
 
 
 class Dropped(NamedTuple):
@@ -20,37 +19,28 @@ class Dropped(NamedTuple):
     emptied: bool
 
 
-def evict(
-    stores: list[Store],
-    evictor: Evictor | None,
-    num_seen: torch.Tensor,
-    capacity: torch.Tensor,
-    window: int | None,
-) -> Dropped:
-    """Drop the tokens of the lowest score until every head holds its row's `capacity` [B]; of codes, whole units.
+def evict(stores: list[Store], score: torch.Tensor, capacity: torch.Tensor) -> Dropped:
+    """Drop the tokens of the lowest score until every head holds its `capacity` [B,G]; of codes, whole units.
 
-    stores: the layer's, encoded ones first. num_seen [B]: tokens of each row's sequence. window: tokens beyond it
-    go first. Without an evictor the oldest go. Both tensors are on the CPU.
+    stores: the lane's, encoded ones first. score: [B,G,S] of all stores together, -inf for what goes first.
+    capacity is on the CPU.
     """
     most = int(capacity.max())
     uneven = bool((capacity != most).any())
     over = sum(store.num_slots for store in stores) - most
-    if over <= 0 and not uneven:
-        return Dropped(False, False)
-    position = torch.cat([store.position for store in stores], dim=2)
-    score = _score(stores, position, evictor, num_seen, capacity, window)
     first = stores[0]
     if first.unit > 1:
         return _drop_units(first, score, capacity.to(score.device))
     if uneven:
         rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        surplus = rank >= capacity.to(score.device)[:, None, None]
+        surplus = rank >= capacity.to(score.device)[..., None]
         score = score.masked_fill(surplus, -torch.inf)
-        position = position.masked_fill(surplus, EMPTY)
+        position = torch.cat([store.position for store in stores], dim=2).masked_fill(surplus, EMPTY)
         for store, part in zip(stores, position.split([store.num_slots for store in stores], dim=2)):
             store.position.copy_(part)
     if over <= 0:
         return Dropped(uneven, uneven)
+    assert len(stores) == 1
     if over == 1:
         first.drop_one(score.argmin(dim=-1))
     else:
@@ -58,34 +48,13 @@ def evict(
     return Dropped(True, uneven)
 
 
-def _score(
-    stores: list[Store],
-    position: torch.Tensor,
-    evictor: Evictor | None,
-    num_seen: torch.Tensor,
-    capacity: torch.Tensor,
-    window: int | None,
-) -> torch.Tensor:
-    """Return the evictor's scores [B,G,S], -inf for empty slots and what has left the window."""
-    seen = num_seen.to(position.device)
-    if evictor is None:
-        score = position.float()
-    else:
-        columns = {name: torch.cat([store.columns()[name] for store in stores], dim=2) for name in evictor.columns}
-        score = evictor.score(Tokens(position, columns, seen, capacity.to(position.device)))
-    gone = position < 0
-    if window is not None:
-        gone = gone | (position < (seen - window + 1)[:, None, None])
-    return score.masked_fill(gone, -torch.inf)
-
-
 def _drop_units(store: Store, score: torch.Tensor, capacity: torch.Tensor) -> Dropped:
-    """Drop the units whose tokens have the lowest mean score, as many as leave each row's `capacity` [B].
+    """Drop the units whose tokens have the lowest mean score, as many as leave each head's `capacity` [B,G].
 
-    score: [B,G,S] of all stores, this one first. Where rows may drop unequally many, the rest is left empty in place.
+    score: [B,G,S] of all stores, this one first. Where heads may drop unequally many, the rest is left empty in place.
     """
     alive = score > -torch.inf
-    spare = alive.sum(dim=-1) - capacity[:, None]
+    spare = alive.sum(dim=-1) - capacity
     units = (store.num_slots // store.unit, store.unit)
     present = alive[:, :, : store.num_slots].unflatten(2, units).sum(dim=-1)
     total = score.masked_fill(~alive, 0.0)[:, :, : store.num_slots].unflatten(2, units).sum(dim=-1)

@@ -1,11 +1,10 @@
-"""One layer's cache: its stores, attended one by one and merged; what arrives, what is dropped, what is encoded.
+"""One layer's cache: what arrives, who observes, how much may stay, and the lanes that hold it.
 
 Shapes: B batch, H query heads, G key/value heads, R = H/G, T new tokens, S stored slots, D head dim.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,17 +12,13 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from pikv_core.cache.budget import Budget, Shape
-from pikv_core.cache.chunks import attend_in_chunks
-from pikv_core.cache.eviction import evict
-from pikv_core.cache.page_bounds import PageBounds
-from pikv_core.cache.store import EMPTY, Store
+from pikv_core.cache.lane import Lane, LayerPlan
+from pikv_core.cache.store import EMPTY
 from pikv_core.compression.base import Codec
-from pikv_core.compression.none import Plain
 from pikv_core.errors import PiKVError
+from pikv_core.observation import LayerRun, Observer
 from pikv_core.scheduling.allocation.base import Allocation
 from pikv_core.scheduling.base import Evictor, Policy, Selector
-from pikv_kernels.partial_attention import causal_attention
-from pikv_kernels.prefill_mass import prefill_mass
 
 # What attention code asks of keys and values, if it takes them for tensors.
 TENSOR_ATTRIBUTES = {"shape", "size", "dim", "ndim", "to", "view", "reshape", "transpose", "permute", "contiguous"}
@@ -35,10 +30,11 @@ class NotThroughTheEntry(PiKVError, AttributeError):
 
 
 class CacheLayer(CacheLayerMixin):
-    """Hold a layer's tokens: the newest in full precision (`tail`), older ones under the codec (`body`).
+    """Hold a layer's tokens as policy, allocation and codec say.
 
-    window: tokens a query may look back, itself included (sliding-window layers), None for all.
-    on_change: called with the index whenever the stored bytes may have changed.
+    bind: returns the layer's codec and the budget in tokens, called when the shape of keys is first known. after_step:
+    called with the index and whether the step was a prompt, when tokens may be dropped. on_change: called with the
+    index whenever the stored bytes may have changed.
     """
 
     is_sliding = False
@@ -46,58 +42,52 @@ class CacheLayer(CacheLayerMixin):
 
     def __init__(
         self,
-        index: int,
-        num_layers: int,
+        run: LayerRun,
         policy: Policy,
-        codec: Codec,
         allocation: Allocation,
         budget: Budget,
         window: int | None,
+        rerotate: bool,
+        bind: Callable[[int, Shape], tuple[Codec, Budget]],
+        after_step: Callable[[int, bool], None],
         on_change: Callable[[int], None],
     ):
         super().__init__()
-        self.index = index
-        self.num_layers = num_layers
+        self.run, self.index = run, run.index
         self.policy = policy
-        self.codec = codec
         self.allocation = allocation
         self.window = window
-        self._asked_budget = budget
-        self._on_change = on_change
+        self._asked_budget, self._rerotate = budget, rerotate
+        self._bind, self._after_step, self._on_change = bind, after_step, on_change
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        evictor = self.policy if isinstance(self.policy, Evictor) and self._asked_budget.limits else None
-        self._evictor = evictor
-        self._weigher = evictor if evictor is not None and evictor.needs_mass else None
+        limits = self._asked_budget.limits
+        self.evictor = self.policy if isinstance(self.policy, Evictor) and limits else None
         # A sliding window is short and drops tokens by itself: pages would neither save reads nor stay in place.
-        reads_all = not self._asked_budget.limits or self.window is not None
-        selector = self.policy if isinstance(self.policy, Selector) and not reads_all else None
+        selector = self.policy if isinstance(self.policy, Selector) and limits and self.window is None else None
         self._selector = selector if selector is not None and self.index >= selector.dense_layers else None
-        self._page = 8
-        self._bounds: PageBounds | None = None
-        if self._selector is not None:
-            self._page = math.lcm(self._selector.page_tokens, self.codec.unit_tokens)
-            self._bounds = PageBounds(self._page)
-        columns = evictor.columns if evictor else ()
-        self.tail = Store(Plain(), columns, self._page if isinstance(self.codec, Plain) else 8)
-        self.body = None if isinstance(self.codec, Plain) else Store(self.codec, columns, self._page)
-        self.budget = self._asked_budget
+        for memory in (self.run.own, self.run.shared, self.run.events):
+            memory.clear()
+        self.lanes: list[Lane] = []
         self.seen_length = 0
-        self.held = False
-        self._num_slots_at_hold = 0
+        self.held = self.looking = False
+        self._seen_since_hold: dict[int, torch.Tensor] = {}  # tokens of each row's sequence, by length seen
+        self._scoring = True  # a score that is taken once is still to come
+        self._head_share: torch.Tensor | None = None  # [B,G]: of the layer's tokens per head, once heads are unequal
         self.num_seen = torch.zeros(0, dtype=torch.int64)
-        self._has_empty = False
-        self._in_order = True
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         B, G, _, D = key_states.shape
-        shape = Shape(self.num_layers, B, G, D, key_states.dtype)
-        self.budget = self._asked_budget.resolve(shape, self.codec, len(self._evictor.columns if self._evictor else ()))
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._shape = Shape(self.run.num_layers, B, G, D, key_states.dtype)
+        self.run.num_kv_heads = G
+        codec, self.budget = self._bind(self.index, self._shape)
+        self.plan = LayerPlan(codec, self.evictor, self._selector, self.window, self._rerotate, self.run)
+        self.lanes = [Lane(self.plan, None, torch.arange(G).expand(B, G))]
         self.num_seen = torch.zeros(B, dtype=torch.int64)
-        self.dtype, self.device, self._shape = key_states.dtype, key_states.device, shape
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -139,30 +129,25 @@ class CacheLayer(CacheLayerMixin):
             return
         rows = torch.arange(len(self.num_seen))[indices.cpu()]
         self.num_seen = self.num_seen[rows]
-        rows = rows.to(self.device)
-        for store in self.stores:
-            store.select_rows(rows)
-        if self._bounds is not None:
-            self._bounds.select_rows(rows)
+        if self._head_share is not None:
+            self._head_share = self._head_share[rows]
+        for lane in self.lanes:
+            lane.select_rows(rows)
+        self.lanes = [lane for lane in self.lanes if lane.head.numel()]
         self._on_change(self.index)
 
     arrived: tuple[torch.Tensor, torch.Tensor]  # keys and values between `update` and `attend`
 
     @property
-    def stores(self) -> list[Store]:
-        """The stores that hold tokens, older ones first."""
-        return [store for store in (self.body, self.tail) if store is not None and store.num_slots]
-
-    @property
     def num_stored(self) -> int:
-        """Slots per head, empty ones included."""
-        return sum(store.num_slots for store in self.stores)
+        """Slots per head, empty ones included; the mean where heads are unequal, rounded up."""
+        pairs = sum(lane.head.numel() for lane in self.lanes)
+        return -(-sum(lane.num_slots * lane.head.numel() for lane in self.lanes) // max(1, pairs))
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of live storage: codes, scales, positions, statistics, page bounds, spare room."""
-        held = self.tail.nbytes + (self.body.nbytes if self.body is not None else 0)
-        return held + (self._bounds.nbytes if self._bounds is not None else 0)
+        """Bytes of live storage."""
+        return sum(lane.nbytes for lane in self.lanes)
 
     @property
     def full_bytes(self) -> int:
@@ -181,13 +166,32 @@ class CacheLayer(CacheLayerMixin):
             hint="call cache.attach(model); if it is attached, the architecture has an attention of its own",
         )
 
+    def positions(self) -> torch.Tensor:
+        """Return the true positions [B,G,S] of what is stored, -1 for empty slots and where heads hold fewer."""
+        return self._gathered([lane.position() for lane in self._filled()], EMPTY)
+
     def retrieve(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return keys, values [B,G,S,D] as the next query will see them, and positions [B,G,S] (-1: empty slot)."""
-        if not self.stores:
+        keys, values, _ = zip(*(lane.contents() for lane in self._filled()))
+        return self._gathered(list(keys), 0), self._gathered(list(values), 0), self.positions()
+
+    def _filled(self) -> list[Lane]:
+        lanes = [lane for lane in self.lanes if lane.stores]
+        if not lanes:
             raise PiKVError(f"layer {self.index} holds no tokens yet", hint="feed the model through the cache first")
-        parts = [(*store.decoded(), store.position) for store in self.stores]
-        keys, values, position = (torch.cat(tensors, dim=2) for tensors in zip(*parts))
-        return keys, values, position
+        return lanes
+
+    def _gathered(self, parts: list[torch.Tensor], fill: int) -> torch.Tensor:
+        """Put the lanes' tensors [N,1,S,...] together as [B,G,S,...], filled up to the longest."""
+        if self.lanes[0].pairs is None:
+            return parts[0]
+        B, G = len(self.num_seen), self._shape.num_kv_heads
+        longest = max(part.shape[2] for part in parts)
+        whole = parts[0].new_full((B * G, longest, *parts[0].shape[3:]), fill)
+        for lane, part in zip(self._filled(), parts):
+            assert lane.pairs is not None
+            whole[lane.pairs.to(whole.device), : part.shape[2]] = part[:, 0]
+        return whole.unflatten(0, (B, G))
 
     def attend(
         self,
@@ -204,155 +208,157 @@ class CacheLayer(CacheLayerMixin):
         """
         keys, values = self.arrived
         del self.arrived
-        position = self._arrive(keys, values, is_token)
-        special = softcap is not None or sinks is not None or is_token is not None
         T = query.shape[2]
-        is_prompt = T == self.num_stored and T > 1 and self.window is None and not self._has_empty
-        if is_prompt and not special:
-            output = self._attend_prompt(query, scale)
-        elif T == 1 and len(self.stores) == 1 and not special and self._weigher is None:
-            output = self._attend_plainly(query, position, scale)
-        else:
-            output = self._attend_stores(query, position, scale, softcap, sinks)
-        if not self.held:
-            self.compress()
-        return output
-
-    def _arrive(self, keys: torch.Tensor, values: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
-        """Append new tokens to the tail; return their positions [B,T]."""
-        B, G, T, _ = keys.shape
-        start = self.num_seen.to(keys.device)[:, None]
-        if is_token is None:
-            position = start + torch.arange(T, device=keys.device)
-            self.num_seen = self.num_seen + T
-        else:
-            position = (start + is_token.cumsum(1) - 1).masked_fill(~is_token, EMPTY)
-            self.num_seen = self.num_seen + is_token.sum(1).cpu()
-            self._has_empty = True
-        self.tail.append(keys, values, position[:, None].expand(B, G, T))
-        if self._bounds is not None and self.body is None:
-            self._bounds.append(keys, None if is_token is None else is_token[:, None].expand(B, G, T))
+        is_prompt = T > 1 or self.held
+        self._check_finite(keys, values)
+        if is_prompt and not self._scoring and self.evictor is not None and self.evictor.looks is None:
+            self._set_scoring(True)
+        position = self._positions_of_new(keys, is_token)
+        if self.evictor is not None and self.evictor.sees_queries and is_prompt:
+            self.evictor.observe_queries(query, position, self.run)
+        watchers = self._watchers(is_prompt)
+        by_group = None if sinks is None else sinks.view(1, self._shape.num_kv_heads, -1)
+        output = query if self.lanes[0].pairs is None else torch.empty_like(query)
+        for lane in self.lanes:
+            lane.has_empty = lane.has_empty or is_token is not None
+            rows = lane.of_rows(position)
+            lane.arrive(lane.of_heads(keys), lane.of_heads(values), rows)
+            own = by_group
+            if by_group is not None and lane.pairs is not None:
+                own = by_group[0, lane.head[:, 0].to(by_group.device)][:, None]
+            attended = lane.attend(lane.of_heads(query), rows, scale, softcap, own, watchers, self._selected_tokens)
+            if lane.pairs is None:
+                output = attended
+            else:
+                by_pair = output.view(len(query) * self._shape.num_kv_heads, -1, *query.shape[2:])
+                by_pair[lane.pairs.to(output.device)] = attended
         self.seen_length += T
         self._on_change(self.index)
-        return position
-
-    def _visible(self, store: Store, position: torch.Tensor) -> torch.Tensor:
-        """Return bool [B,1|G,T,S]: which slots the queries at `position` [B,T] may see."""
-        held = store.position
-        if self._in_order and not store.is_selection:
-            held = held[:, :1]  # the heads agree
-        ahead = position[:, None, :, None] - held[:, :, None, :]
-        visible = (held >= 0)[:, :, None] & (ahead >= 0)
-        return visible if self.window is None else visible & (ahead < self.window)
-
-    def _attend_prompt(self, query: torch.Tensor, scale: float) -> torch.Tensor:
-        """Attend a whole prompt over itself."""
-        keys, values = self.tail.decoded()
-        if self._weigher is None:
-            return causal_attention(query, keys, values, scale)
-        output, mass = prefill_mass(query, keys, values, scale)
-        self._weigher.observe(self.tail.columns(), mass)
+        if self.held:
+            self._seen_since_hold[self.seen_length] = self.num_seen
+        else:
+            self._after_step(self.index, is_prompt)
         return output
 
-    def _attend_stores(
-        self,
-        query: torch.Tensor,
-        position: torch.Tensor,
-        scale: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Attend over all stores, whatever they hold, and let the evictor observe."""
-        T = query.shape[2]
-        stores = self.stores
-        read = [self._read(store, query) if T == 1 else store.plain() for store in stores]
-        only_new = self._in_order and T == self.num_stored
+    def _check_finite(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Refuse NaN and infinity; of single tokens on the CPU alone, where asking costs nothing."""
+        if keys.shape[2] == 1 and keys.is_cuda:
+            return
+        if not (keys.isfinite().all() and values.isfinite().all()):
+            raise PiKVError(
+                f"layer {self.index}: the model's keys or values are not finite after {self.seen_length} tokens",
+                hint="run in --dtype float32 or bfloat16, and check the model's weights",
+            )
 
-        def visible(store: Store, new: slice) -> torch.Tensor:
-            seen = self._visible(store, position[:, new])
-            return seen[..., : new.stop] if only_new else seen
+    def _positions_of_new(self, keys: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
+        """Return the true positions [B,T] of new tokens, EMPTY for padding, and count them as seen."""
+        T = keys.shape[2]
+        start = self.num_seen.to(keys.device)[:, None]
+        if is_token is None:
+            self.num_seen = self.num_seen + T
+            return start + torch.arange(T, device=keys.device)
+        self.num_seen = self.num_seen + is_token.sum(1).cpu()
+        return (start + is_token.cumsum(1) - 1).masked_fill(~is_token, EMPTY)
 
-        weigh = self._weigher is not None
-        output, masses = attend_in_chunks(query, read, visible, scale, softcap, sinks, weigh)
-        for store, mass in zip(stores, masses):
-            assert self._weigher is not None
-            self._weigher.observe(store.columns(), mass)
-        return output
-
-    def _attend_plainly(self, query: torch.Tensor, position: torch.Tensor, scale: float) -> torch.Tensor:
-        """Attend one new token per row over the one store, with nothing to measure."""
-        B, H, _, D = query.shape
-        store = self._read(self.tail, query)
-        rows = query.reshape(B, self._shape.num_kv_heads, -1, D)
-        masked = self._has_empty or self.window is not None or store is not self.tail
-        visible = self._visible(store, position) if masked else None
-        return store.attend_plainly(rows, visible, scale).reshape(B, H, 1, D)
-
-    def _read(self, store: Store, query: torch.Tensor) -> Store:
-        """Return what a single query reads of a store: the selector's pages of it, or all."""
-        selector, bounds = self._selector, self._bounds
-        if not isinstance(selector, Selector) or bounds is None or (self.body is not None and store is self.tail):
-            return store
-        capacity = int(self._capacity().max())
-        others = self.num_stored - store.num_slots
-        num_pages = max(1, selector.num_pages(capacity, self._page) - -(-others // self._page))
-        if num_pages >= bounds.num_pages:
-            return store
-        rows = query.reshape(len(query), self._shape.num_kv_heads, -1, query.shape[-1])
-        score = selector.score(rows, bounds.lowest, bounds.highest)
-        return store.pages(score.topk(num_pages, dim=-1).indices, self._page)
+    def _watchers(self, is_prompt: bool) -> list[Observer]:
+        """Return who observes the attention of this step."""
+        watchers: list[Observer] = []
+        evictor = self.evictor
+        if evictor is not None:
+            waits = self.looking if evictor.looks else is_prompt or not evictor.decides_once
+            watchers += [evictor] if waits else []
+            watchers += [self.allocation] if is_prompt and not self.looking else []
+        watchers += [] if self.looking else [self.plan.codec]
+        return [watcher for watcher in watchers if watcher.observes]
 
     def compress(self) -> None:
         """Drop what is over budget and encode what has left the newest tokens; ends a `hold`."""
         self.held = False
-        if self.body is not None and self.body.num_slots:
-            self._encode(self.body)  # new units compete with old ones; a first prompt is evicted token by token
-        if self.stores and (self._evictor is not None or self.window is not None):
-            dropped = evict(self.stores, self._evictor, self.num_seen, self._capacity(), self.window)
-            self._in_order = self._in_order and not dropped.moved
-            self._has_empty = self._has_empty or dropped.emptied
-        if self.body is not None:
-            self._encode(self.body)
+        if not self.lanes or not self.lanes[0].stores:
+            return
+        for lane in self.lanes:
+            if lane.body is not None and lane.body.num_slots:
+                lane.encode()  # new units compete with old ones; a first prompt is evicted token by token
+        if self.evictor is not None or self.window is not None:
+            self._evict()
+        for lane in self.lanes:
+            lane.encode()
         self._on_change(self.index)
 
-    def _capacity(self) -> torch.Tensor:
-        """Tokens per head [B] that may stay, on the CPU."""
-        most = self.num_seen if self.window is None else self.num_seen.clamp(max=max(1, self.window - 1))
-        if self._evictor is None and self._selector is None:
-            return most
-        capacity = self.allocation.capacity(self.budget.tokens(most), self.index, self.num_layers)
-        return torch.minimum(capacity, most)
-
-    def _encode(self, body: Store) -> None:
-        """Move the oldest units of the tail into the body, in full precision until now."""
-        tail = self.tail
-        num_tokens = (tail.num_slots - self.codec.residual) // body.unit * body.unit
-        if num_tokens <= 0:
+    def _evict(self) -> None:
+        capacity = self._capacity()
+        decide = self._scoring and self.plan.decides_once
+        if decide and self.plan.evictor is not None and self.plan.evictor.looks is not None and not self.looking:
+            raise PiKVError(
+                f"policy '{self.policy.name}' has not been shown what it scores by",
+                hint="feed the prompt by pikv_core.model.steps.prefill(model, cache, ids)",
+            )
+        if not decide and not any(lane.needs_eviction(lane.of_heads(capacity)) for lane in self.lanes):
             return
-        order = tail.position.argsort(dim=-1, stable=True)
-        oldest, rest = order[:, :, :num_tokens], order[:, :, num_tokens:]
-        keys, values = tail.decoded()
-        take = oldest[..., None].expand(*oldest.shape, keys.shape[-1])
-        keys, values = keys.gather(2, take), values.gather(2, take)
-        position = tail.position.gather(2, oldest)
-        columns = {name: column.gather(2, oldest) for name, column in tail.columns().items()}
-        body.append(keys, values, position, columns)
-        if self._bounds is not None:
-            self._bounds.append(keys, position >= 0 if self._has_empty else None)
-        tail.keep(rest)
+        scores = [lane.score(lane.of_rows(self.num_seen), lane.of_heads(capacity), decide) for lane in self.lanes]
+        if decide:
+            for lane, score in zip(self.lanes, scores):
+                lane.settle(score)
+            self._scoring = False
+        capacity = self._split(capacity, scores)
+        if len(scores) != len(self.lanes):
+            scores = [lane.of_heads(scores[0]) for lane in self.lanes]
+        for lane, score in zip(self.lanes, scores):
+            own = lane.of_heads(capacity)
+            if lane.needs_eviction(own):
+                lane.evict(score, own)
+
+    def _split(self, capacity: torch.Tensor, scores: list[torch.Tensor]) -> torch.Tensor:
+        """Split the one lane where its heads may keep unequally many tokens; return the capacity [B,G]."""
+        if self.lanes[0].pairs is not None or self.plan.evictor is None:
+            return capacity
+        lane = self.lanes[0]
+        if self.allocation.splits_heads and self._head_share is None and lane.needs_eviction(capacity):
+            heads = self.allocation.heads(scores[0], capacity[:, 0].to(scores[0].device)).cpu()
+            self._head_share = heads.double() / capacity[:, :1].double()
+            capacity = heads
+        if bool((capacity != capacity[:, :1]).any()):
+            self.lanes = lane.split(capacity)
+        return capacity
+
+    def _capacity(self) -> torch.Tensor:
+        """Tokens per head [B,G] that may stay, on the CPU."""
+        most = self.num_seen if self.window is None else self.num_seen.clamp(max=max(1, self.window - 1))
+        whole = most[:, None].expand(-1, self._shape.num_kv_heads)
+        if self.evictor is None and self._selector is None:
+            return whole
+        mean = self.budget.tokens(most)
+        own = None if self.evictor is None else self.evictor.capacity(mean, most, self.run)
+        if own is None:
+            by_layer = self.allocation.layers(torch.minimum(mean, most), most, self.run.num_layers, self.run.shared)
+            own = by_layer[:, self.index, None].expand(-1, self._shape.num_kv_heads)
+        if self._head_share is not None:
+            own = (own * self._head_share + 1e-6).long()
+        return torch.minimum(own.clamp(min=1), whole)
+
+    def _selected_tokens(self) -> int:
+        return int(self._capacity().max())
 
     def hold(self) -> None:
         """Drop and encode nothing until `compress`."""
         self.held = True
-        self._num_slots_at_hold = self.tail.num_slots
+        self._seen_since_hold = {self.seen_length: self.num_seen}
+
+    def look(self, looking: bool) -> None:
+        """Let the attention of what is fed from now on be what a policy that looks observes, or no longer."""
+        self.looking = looking
+        if looking and not self._scoring:
+            self._set_scoring(True)
+
+    def _set_scoring(self, scoring: bool) -> None:
+        self._scoring = scoring
+        for lane in self.lanes:
+            lane.set_columns(scoring)
 
     def rewind(self, num_tokens: int) -> None:
-        """Forget the newest tokens, none of them padding, seen since `hold`; what evictors learnt from them stays."""
-        assert self.held and num_tokens <= self.tail.num_slots - self._num_slots_at_hold
-        self.tail.drop_newest_slots(num_tokens)
+        """Forget the steps that brought the newest tokens since `hold`; what evictors learnt from them stays."""
         self.seen_length -= num_tokens
-        self.num_seen = self.num_seen - num_tokens
-        if self._bounds is not None and self.body is None:
-            whole = self.tail.num_slots // self._page * self._page
-            keys = self.tail.decoded()[0][:, :, whole:]
-            self._bounds.rewind(keys, self.tail.position[:, :, whole:] >= 0, self.tail.num_slots)
+        assert self.held and self.seen_length in self._seen_since_hold
+        for lane in self.lanes:
+            lane.rewind(num_tokens)
+        self.num_seen = self._seen_since_hold[self.seen_length]

@@ -5,11 +5,16 @@ Shapes: B batch, G key/value heads, T new tokens, S stored slots, U units, D hea
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from pikv_core.compression.base import Codec
 from pikv_core.compression.none import Plain
-from pikv_kernels.partial_attention import Partial, partial_attention, plain_attention
+from pikv_kernels.partial_attention import Partial, plain_attention
+
+if TYPE_CHECKING:
+    from pikv_core.cache.rotary import Rotary
 
 EMPTY = -1  # the position of a slot that holds no token
 
@@ -48,8 +53,7 @@ class Store:
 
     def decoded(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B,G,S,D] in the model's dtype."""
-        units = self.num_slots // self.unit
-        return self.codec.decode({name: x[:, :, :units] for name, x in self._encoded.items()}, self._dtype)
+        return self.codec.decode(self._encoded_until(self.num_slots), self.position, self._dtype)
 
     def append(
         self,
@@ -58,7 +62,10 @@ class Store:
         position: torch.Tensor,
         columns: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Encode and add T tokens, a multiple of the unit: keys, values [B,G,T,D], position and columns [B,G,T]."""
+        """Encode and add T tokens, a multiple of the unit: keys, values [B,G,T,D], position and columns [B,G,T].
+
+        Columns that are not given start at 0.
+        """
         T = keys.shape[2]
         assert T % self.unit == 0
         self._dtype = keys.dtype
@@ -67,7 +74,7 @@ class Store:
             given = (columns or {}).get(name)
             new_columns[name] = keys.new_zeros(keys.shape[:3], dtype=torch.float32) if given is None else given
         self._write(self._columns, new_columns, self.num_slots, 1)
-        self._write(self._encoded, self.codec.encode(keys, values), self.num_slots // self.unit, self.unit)
+        self._write(self._encoded, self.codec.encode(keys, values, position), self.num_slots // self.unit, self.unit)
         self.num_slots += T
 
     def keep(self, units: torch.Tensor) -> None:
@@ -116,20 +123,52 @@ class Store:
             return self
         plain = Store(Plain())
         plain._dtype, plain.num_slots, plain._columns = self._dtype, self.num_slots, self._columns
-        plain._encoded = Plain().encode(*self.decoded())
+        plain._encoded = Plain().encode(*self.decoded(), self.position)
         return plain
 
     def attend(
         self, query: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float | None, with_probs: bool
     ) -> Partial:
         """Attend query [B,G,N,D] over the first S slots of `visible` [B,1|G,N,S]; see `partial_attention`."""
-        keys, values = (x[:, :, : visible.shape[-1]] for x in self.decoded())
-        return partial_attention(query, keys, values, visible, scale, softcap, with_probs)
+        S = visible.shape[-1]
+        position = self.position[:, :, :S]
+        return self.codec.attend(query, self._encoded_until(S), position, visible, scale, softcap, with_probs)
 
     def attend_plainly(self, query: torch.Tensor, visible: torch.Tensor | None, scale: float) -> torch.Tensor:
-        """Attend with the output [B,G,N,D] alone."""
+        """Attend with the output [B,G,N,D] alone, over tokens that are not encoded."""
+        assert isinstance(self.codec, Plain)
         keys, values = self.decoded()
         return plain_attention(query, keys, values, visible, scale)
+
+    def shifted(self, rotary: Rotary, offset: torch.Tensor, layer: int) -> Store:
+        """Return the same tokens decoded, their keys rotated by `offset` [B,G,S] positions."""
+        keys, values = self.decoded()
+        moved = Store(Plain())
+        moved._dtype, moved.num_slots = self._dtype, self.num_slots
+        moved._columns = {"position": self.position}
+        moved._encoded = {"keys": rotary.shift(keys, offset, layer), "values": values}
+        return moved
+
+    def set_columns(self, names: tuple[str, ...]) -> None:
+        """Carry these statistics from now on: new ones start at 0, others are freed."""
+        self._column_names = names
+        if "position" in self._columns:
+            position = self._columns["position"]
+            held = {name: x for name, x in self._columns.items() if name in names or name == "position"}
+            added = {name: torch.zeros_like(position, dtype=torch.float32) for name in names if name not in held}
+            self._columns = {**held, **added}
+
+    def part(self, pairs: torch.Tensor, codec: Codec) -> Store:
+        """Return a copy with only these (row, head) pairs [N], row·G + head, as N rows of one head."""
+        taken = Store(codec, self._column_names, self._grain)
+        taken._dtype, taken.num_slots = self._dtype, self.num_slots
+        taken._columns = {name: _pairs(x, pairs) for name, x in self._columns.items()}
+        taken._encoded = {name: _pairs(x, pairs) for name, x in self._encoded.items()}
+        return taken
+
+    def _encoded_until(self, num_slots: int) -> dict[str, torch.Tensor]:
+        assert num_slots % self.unit == 0
+        return {name: x[:, :, : num_slots // self.unit] for name, x in self._encoded.items()}
 
     def _all(self) -> list[torch.Tensor]:
         return [*self._encoded.values(), *self._columns.values()]
@@ -162,6 +201,10 @@ def _take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Gather rows [B,G,K] of x [B,G,R,...] into a tensor of its own."""
     index = rows.view(*rows.shape, *[1] * (x.dim() - 3)).expand(*rows.shape, *x.shape[3:])
     return x.gather(2, index)
+
+
+def _pairs(x: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
+    return x.flatten(0, 1).index_select(0, pairs)[:, None]
 
 
 def _take_pages(x: torch.Tensor, pages: torch.Tensor, per_page: int) -> torch.Tensor:

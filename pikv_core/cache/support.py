@@ -1,10 +1,13 @@
-"""Which decoders the cache serves, and how far each of their layers looks back."""
+"""Which decoders the cache serves, how far each of their layers looks back, and which recipes make no sense."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pikv_core.errors import PiKVError
+from pikv_core.errors import PiKVError, UsageError
+from pikv_core.scheduling import POLICIES
+from pikv_core.scheduling.base import Selector
+from pikv_core.schema import CacheRecipe
 
 
 def windows(config: Any) -> list[int | None]:
@@ -35,3 +38,20 @@ def windows(config: Any) -> list[int | None]:
             hint="full_attention and sliding_attention layers are supported",
         )
     return [window if layer == "sliding_attention" else None for layer in types]
+
+
+def check_recipe(recipe: CacheRecipe) -> None:
+    """Raise UsageError for parts of a recipe that do not go together."""
+    name = recipe.policy.name
+    if not issubclass(POLICIES[name], Selector):
+        return
+    if isinstance(recipe.budget, str):
+        raise UsageError(
+            f"policy '{name}' drops nothing, so a budget of {recipe.budget} in bytes means nothing",
+            hint="give the tokens it reads: a share such as 0.25, or a number per head such as 512",
+        )
+    if recipe.rerotate:
+        raise UsageError(
+            f"policy '{name}' chooses pages by the keys as they were rotated, so rerotate does not go with it",
+            hint="leave out rerotate, or choose a policy that drops tokens",
+        )

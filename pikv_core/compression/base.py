@@ -1,22 +1,60 @@
-"""What a codec is: a representation of stored tokens that never changes which tokens exist."""
+"""What a codec is: a representation of stored tokens that never changes which tokens exist.
+
+Shapes: B batch, G key/value heads, H query heads, N tokens, U units, D head dim, Q query rows of a head's group.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pikv_core.observation import Observer
 
 if TYPE_CHECKING:
     import torch
 
+    from pikv_kernels.partial_attention import Partial
 
-class Codec(ABC):
+
+@dataclass(frozen=True)
+class LayerSamples:
+    """What one layer computed on calibration text: queries [B,H,N,D], keys and values [B,G,N,D], rotated; position [N].
+
+    scale: of the attention logits. rotary: the model's rotary embedding, or None.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    position: torch.Tensor
+    scale: float
+    rotary: Any
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What calibration found: tensors by name, and notes for the manifest (ranks, errors, choices)."""
+
+    tensors: dict[str, torch.Tensor]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Codec(Observer, ABC):
     """Encode and decode keys and values [B,G,N,D] in units of `unit_tokens` consecutive tokens.
 
-    unit_tokens: the grain of storage and of eviction; N is a multiple of it. residual: how many of the newest
-    tokens stay in full precision before a unit is encoded. Encoded tensors have shape [B,G,N/unit_tokens,...].
+    unit_tokens: the grain of storage and of eviction; N is a multiple of it. residual: how many of the newest tokens
+    stay in full precision before a unit is encoded (0 where unit_tokens is 1). Encoded tensors have shape
+    [B,G,N/unit_tokens,...]. calibrated: it runs only after `fit`. sorted_by: a column of its own; tokens that are
+    encoded together are then ranked by it, largest first, and dealt so that each unit holds equally many tokens of
+    every level, the best level first; without it they come in the order of their positions.
     """
 
     name: ClassVar[str]
+    calibrated: ClassVar[bool] = False
+    sorted_by: ClassVar[str | None] = None
+    num_levels: int = 1
 
     @property
     @abstractmethod
@@ -27,7 +65,39 @@ class Codec(ABC):
     def residual(self) -> int: ...
 
     @abstractmethod
-    def encode(self, keys: torch.Tensor, values: torch.Tensor) -> dict[str, torch.Tensor]: ...
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encode keys, values [B,G,N,D] of tokens at `position` [B,G,N] (-1: empty slot)."""
 
     @abstractmethod
-    def decode(self, encoded: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def decode(
+        self, encoded: dict[str, torch.Tensor], position: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values [B,G,N,D], given what `encode` returned and the same positions [B,G,N]."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        encoded: dict[str, torch.Tensor],
+        position: torch.Tensor,
+        visible: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+        with_probs: bool,
+    ) -> Partial:
+        """Attend query [B,G,Q,D] over all encoded tokens, `visible` [B,1|G,Q,N]; see `partial_attention`."""
+        from pikv_kernels.partial_attention import partial_attention
+
+        keys, values = self.decode(encoded, position, query.dtype)
+        return partial_attention(query, keys, values, visible, scale, softcap, with_probs)
+
+    def for_layer(self, layer: int, fitted: Mapping[str, torch.Tensor], rotary: Any) -> Codec:
+        """Return the codec of one layer, given what `fit` found for all of them (empty where not calibrated)."""
+        return self
+
+    def for_heads(self, head: torch.Tensor) -> Codec:
+        """Return the codec for tokens [B,G,...] of the layer's heads `head` [B,G], where it treats heads differently."""
+        return self
+
+    def fit(self, samples: Sequence[LayerSamples]) -> Fitted:
+        """Learn from what each layer computed on calibration text."""
+        raise NotImplementedError(f"codec '{self.name}' has nothing to fit")

@@ -25,8 +25,10 @@ class Plain(Codec):
     def residual(self) -> int:
         return 0
 
-    def encode(self, keys: torch.Tensor, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"keys": keys, "values": values}
 
-    def decode(self, encoded: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(
+        self, encoded: dict[str, torch.Tensor], position: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return encoded["keys"], encoded["values"]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from pikv_core.cache import PiKVCache
 from pikv_core.errors import UsageError
 from pikv_core.model.loading import LoadedModel
+from pikv_core.model.steps import prefill
 from pikv_core.runs import Reporter
 from pikv_core.schema import GenerateRecipe
 
@@ -60,8 +60,10 @@ def generate_batch(
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not recipe.chat).to(model.device)
     length = inputs["input_ids"].shape[1]
     loaded.check_length(length + recipe.max_new_tokens - 1, reporter)
-    cache = PiKVCache.from_recipe(model.config, recipe)
+    cache = loaded.new_cache(recipe)
     clock = _Clock()
+    if cache.looks is not None:
+        prefill(model, cache, inputs["input_ids"][:, :-1], is_token=inputs["attention_mask"][:, :-1].bool())
     sampled = recipe.temperature > 0
     output = model.generate(
         input_ids=inputs["input_ids"],

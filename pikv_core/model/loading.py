@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
+from pikv_core.cache import PiKVCache
 from pikv_core.errors import PiKVError
 from pikv_core.runs import Reporter, find_model
 from pikv_core.schema import Recipe
+
+REPEAT = "\n\nRepeat the previous context exactly.\n\n"  # asks a model for what KVzip (2505.23416) scores by
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,18 @@ class LoadedModel:
         if getattr(config, "rope_parameters", None) is None:
             raise PiKVError(f"{self.source}: {text}", hint="shorten the prompt or the continuation")
         reporter.status(f"beyond what the model was made for: {text}")
+
+    def new_cache(self, recipe: Any) -> PiKVCache:
+        """Return a cache for this model from whatever `PiKVCache.from_recipe` takes, with words for policies that look.
+
+        A tokenizer that does not know them gives none: then the context itself is all that is shown.
+        """
+        cache = PiKVCache.for_model(self.model, recipe)
+        if cache.looks == "repeat":
+            ids = self.tokenizer(REPEAT, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            known = self.tokenizer.unk_token_id is None or not bool((ids == self.tokenizer.unk_token_id).any())
+            cache.repeat_words = ids if known else None
+        return cache
 
     @property
     def backend(self) -> str:

@@ -1,13 +1,16 @@
 """What a policy is: an evictor scores stored tokens, a selector chooses the pages a query reads.
 
-Shapes: B batch, G key/value heads, S stored tokens.
+Shapes: B batch, H query heads, G key/value heads, T new tokens, S stored tokens, D head dim.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pikv_core.observation import LayerRun, Observer
 
 if TYPE_CHECKING:
     import torch
@@ -18,42 +21,61 @@ class Tokens:
     """What an evictor sees of a layer's stored tokens.
 
     position [B,G,S] int32: the token's true position in its sequence, -1 for an empty slot; columns: the evictor's own
-    float32 [B,G,S]; num_seen [B]: tokens the sequence has had; capacity [B]: tokens that may stay, per head.
+    float32 [B,G,S]; num_seen [B]: tokens the sequence has had; capacity [B,G]: tokens that may stay; head [B,G]: which
+    of the layer's key/value heads. keys, values: return what is stored [B,G,S,D], decoded, keys as attention uses them.
     """
 
     position: torch.Tensor
     columns: dict[str, torch.Tensor]
     num_seen: torch.Tensor
     capacity: torch.Tensor
+    head: torch.Tensor
+    keys: Callable[[], torch.Tensor]
+    values: Callable[[], torch.Tensor]
+    layer: LayerRun
 
     def is_recent(self, num_recent: torch.Tensor) -> torch.Tensor:
-        """Return bool [B,G,S]: among the newest `num_recent` [B] tokens of the sequence."""
-        return self.position >= (self.num_seen - num_recent)[:, None, None]
+        """Return bool [B,G,S]: among the newest `num_recent` [B,G] tokens of the sequence."""
+        return self.position >= (self.num_seen[:, None] - num_recent)[..., None]
 
 
 class Policy:
-    """Base of all policies; on its own it keeps and reads every token."""
+    """Base of all policies; on its own it keeps and reads every token.
 
-    name: ClassVar[str]
-
-
-class Evictor(Policy, ABC):
-    """Score stored tokens; the cache drops the lowest when it is over budget, and moves the memory.
-
-    columns: names of the float32 statistics that the store carries along with each token, starting at 0.
-    needs_mass: whether `observe` is to be called with the attention that each token received.
+    calibrated: whether it needs tensors that were fitted to the model (`LayerRun.fitted`).
     """
 
-    columns: ClassVar[tuple[str, ...]] = ()
-    needs_mass: ClassVar[bool] = False
+    name: ClassVar[str]
+    calibrated: ClassVar[bool] = False
+
+
+class Evictor(Policy, Observer, ABC):
+    """Score stored tokens; the cache drops the lowest when it is over budget, and moves the memory.
+
+    decides_once: the score is taken once, after a prompt, and stays with each token; `columns` last until then. Tokens
+    that come later go only when no scored one is left. looks: what the model has to be shown after the prompt, its
+    attention alone being observed, before the score is taken: the prompt again ("repeat"), or what the run will
+    feed it later ("future"); None for nothing. sees_queries: whether `observe_queries` is called.
+    """
+
+    decides_once: ClassVar[bool] = False
+    looks: ClassVar[Literal["repeat", "future"] | None] = None
+    sees_queries: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, tokens: Tokens) -> torch.Tensor:
         """Return float32 [B,G,S]; higher = keep."""
 
-    def observe(self, columns: dict[str, torch.Tensor], mass: torch.Tensor) -> None:
-        """Update the columns in place with attention mass [B,G,S]: summed over queries, mean over a group's heads."""
-        raise NotImplementedError(f"{type(self).__name__} declares needs_mass but does not observe it")
+    def capacity(self, mean: torch.Tensor, num_seen: torch.Tensor, layer: LayerRun) -> torch.Tensor | None:
+        """Return tokens per head [B,G] of this layer where the policy has its own idea, given the mean over all [B].
+
+        None leaves it to the allocation.
+        """
+        return None
+
+    def observe_queries(self, query: torch.Tensor, position: torch.Tensor, layer: LayerRun) -> None:
+        """Learn from the queries [B,H,T,D] of a prompt at `position` [B,T] (-1: padding), rotated as attention does."""
+        raise NotImplementedError(f"{type(self).__name__} declares sees_queries but does not observe them")
 
 
 class Selector(Policy, ABC):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
+from pikv_core.observation import ALL, Rows
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.base import Evictor, Tokens
 
@@ -23,11 +25,14 @@ class H2O(Evictor):
     """
 
     columns: ClassVar[tuple[str, ...]] = ("mass",)
-    needs_mass: ClassVar[bool] = True
     heavy_share: Annotated[float, Field(ge=0, le=1)] = 0.5
 
-    def observe(self, columns: dict[str, torch.Tensor], mass: torch.Tensor) -> None:
-        columns["mass"] += mass
+    @property
+    def observes(self) -> int:
+        return ALL
+
+    def observe(self, columns: Mapping[str, torch.Tensor], rows: Rows) -> None:
+        columns["mass"].add_(rows.probs.sum(dim=(2, 3)), alpha=1 / rows.probs.shape[2])
 
     def score(self, tokens: Tokens) -> torch.Tensor:
         num_recent = tokens.capacity - (tokens.capacity * self.heavy_share).long()

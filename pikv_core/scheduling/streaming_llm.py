@@ -23,5 +23,5 @@ class StreamingLLM(Evictor):
 
     def score(self, tokens: Tokens) -> torch.Tensor:
         num_sinks = (tokens.capacity // 2).clamp(max=self.sinks)
-        is_sink = tokens.position < num_sinks[:, None, None]
+        is_sink = tokens.position < num_sinks[..., None]
         return tokens.position.float().masked_fill(is_sink, float("inf"))

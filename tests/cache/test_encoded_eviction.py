@@ -2,11 +2,9 @@
 
 import pytest
 import torch
+from single_layer import single_layer
 
-from pikv_core.cache.budget import Budget
-from pikv_core.cache.layer import CacheLayer
 from pikv_core.compression.int8 import Int8
-from pikv_core.scheduling.allocation.uniform import Uniform
 from pikv_core.scheduling.h2o import H2O
 from pikv_core.scheduling.streaming_llm import StreamingLLM
 
@@ -14,8 +12,7 @@ B, H, G, D, UNIT, RESIDUAL = 2, 4, 2, 16, 16, 8
 
 
 def layer_of(policy, budget):
-    codec = Int8(group=UNIT, residual=RESIDUAL)
-    return CacheLayer(0, 1, policy, codec, Uniform(), Budget(budget), None, lambda index: None)
+    return single_layer(policy, budget, Int8(group=UNIT, residual=RESIDUAL))
 
 
 def feed(layer, schedule, seed=0, first_is_token=None, rows=slice(None), start=0):

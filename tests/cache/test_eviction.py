@@ -2,15 +2,12 @@
 
 import pytest
 import torch
+from single_layer import single_layer
 from small_models import CONFIGS, use_stock_attention
 
 from pikv_core.cache import PiKVCache
-from pikv_core.cache.budget import Budget
-from pikv_core.cache.layer import CacheLayer
 from pikv_core.components import Component
-from pikv_core.compression.none import Plain
 from pikv_core.errors import PiKVError, UsageError
-from pikv_core.scheduling.allocation.uniform import Uniform
 from pikv_core.scheduling.h2o import H2O
 from pikv_core.scheduling.streaming_llm import StreamingLLM
 from pikv_core.schema import CacheRecipe
@@ -19,7 +16,7 @@ B, H, G, D = 2, 4, 2, 16
 
 
 def layer_of(policy, budget, codec=None, window=None):
-    return CacheLayer(0, 1, policy, codec or Plain(), Uniform(), Budget(budget), window, lambda index: None)
+    return single_layer(policy, budget, codec, window=window)
 
 
 def random_steps(lengths, seed=0):
@@ -135,7 +132,7 @@ def test_bytes_are_freed(small_model, policy, share):
             model(token.view(1, 1), past_key_values=cache)
     tensors = {}
     for layer in cache.own_layers:
-        for store in layer.stores:
+        for store in (store for lane in layer.lanes for store in lane.stores):
             for tensor in (*store._encoded.values(), *store._columns.values()):
                 tensors[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     assert cache.resident_bytes == sum(tensors.values())
@@ -213,7 +210,7 @@ def test_hold_and_rewind_forget_exactly(small_model):
 def test_a_byte_budget_means_the_same_tokens_for_one_sequence(small_model):
     model = small_model("llama")
     recipe = CacheRecipe(policy=Component("h2o"), budget="64KiB", codec=Component("int8"))
-    in_tokens = PiKVCache.in_tokens(model.config, recipe, torch.float32)
+    in_tokens = PiKVCache.in_tokens(model, recipe)
     cache = PiKVCache(model.config, recipe)
     with torch.no_grad():
         model(torch.randint(1, 97, (1, 700)), past_key_values=cache)

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
+from single_layer import single_layer
 
-from pikv_core.cache.budget import Budget
-from pikv_core.cache.layer import CacheLayer
 from pikv_core.cache.page_bounds import PageBounds
 from pikv_core.compression.int8 import Int8
-from pikv_core.compression.none import Plain
-from pikv_core.scheduling.allocation.uniform import Uniform
+from pikv_core.observation import LayerRun
 from pikv_core.scheduling.quest import Quest
 
 B, H, G, D = 2, 4, 2, 16
@@ -27,7 +25,7 @@ def brute_force(query, keys, values, num_pages, page):
 @pytest.mark.parametrize("prompt", [100, 96, 90])
 def test_reads_the_pages_with_the_largest_bounds(prompt):
     generator = torch.Generator().manual_seed(0)
-    layer = CacheLayer(0, 1, Quest(dense_layers=0), Plain(), Uniform(), Budget(48), None, lambda index: None)
+    layer = single_layer(Quest(dense_layers=0), 48)
     keys, values = (torch.randn(B, G, prompt, D, generator=generator) for _ in range(2))
     layer.update(keys, values)
     layer.attend(torch.randn(B, H, prompt, D, generator=generator), D**-0.5)
@@ -47,8 +45,8 @@ def test_reads_the_pages_with_the_largest_bounds(prompt):
 
 def test_dense_layers_and_full_budgets_read_everything():
     for layer in (
-        CacheLayer(1, 4, Quest(), Plain(), Uniform(), Budget(0.25), None, lambda index: None),
-        CacheLayer(3, 4, Quest(), Plain(), Uniform(), Budget(1.0), None, lambda index: None),
+        single_layer(Quest(), 0.25, run=LayerRun(1, 4)),
+        single_layer(Quest(), 1.0, run=LayerRun(3, 4)),
     ):
         keys, values = torch.randn(2, B, G, 200, D).unbind(0)
         layer.update(keys[:, :, :199], values[:, :, :199])
@@ -64,7 +62,7 @@ def test_dense_layers_and_full_budgets_read_everything():
 def test_quest_over_codes_reads_units_and_the_residual():
     generator = torch.Generator().manual_seed(1)
     codec = Int8(group=16, residual=8)
-    layer = CacheLayer(0, 1, Quest(dense_layers=0), codec, Uniform(), Budget(64), None, lambda index: None)
+    layer = single_layer(Quest(dense_layers=0), 64, codec)
     keys, values = (torch.randn(B, G, 200, D, generator=generator) for _ in range(2))
     layer.update(keys, values)
     layer.attend(torch.randn(B, H, 200, D, generator=generator), D**-0.5)
@@ -73,7 +71,7 @@ def test_quest_over_codes_reads_units_and_the_residual():
     layer.update(*new)
     output = layer.attend(query, D**-0.5)
     stored_keys, stored_values, position = layer.retrieve()
-    body = layer.body.num_slots
+    body = layer.lanes[0].body.num_slots
     assert body == 192 and position[0, 0].tolist() == list(range(201))
     for b in range(B):
         for g in range(G):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pikv_core.scheduling.allocation import ALLOCATIONS
 from pikv_core.scheduling.allocation.base import Allocation
@@ -17,5 +17,7 @@ if TYPE_CHECKING:
 class Uniform(Allocation):
     """Give each layer the mean."""
 
-    def capacity(self, mean: torch.Tensor, layer: int, num_layers: int) -> torch.Tensor:
-        return mean
+    def layers(
+        self, mean: torch.Tensor, num_seen: torch.Tensor, num_layers: int, shared: dict[str, Any]
+    ) -> torch.Tensor:
+        return mean[:, None].expand(-1, num_layers)

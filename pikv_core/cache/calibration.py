@@ -1,0 +1,229 @@
+"""Calibrations on disk: what codecs and policies have learned from one model, checked before it is used.
+
+A folder holds manifest.json and one safetensors file for each member.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from pikv_core.cache.fingerprint import fingerprint, is_same
+from pikv_core.cache.support import windows
+from pikv_core.components import Component
+from pikv_core.errors import PiKVError, UsageError
+from pikv_core.files import replacing, sha256, write_json
+from pikv_core.runs import plain
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+COMMANDS = {
+    "codec": "pikv compress --calibrate --method {name} --model DIR --save DIR2",
+    "policy": "pikv train --recipe recipes/train/duo-gates.yaml",
+}
+Kind = Literal["codec", "policy"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """What one codec or policy has learned; options: those that the tensors depend on."""
+
+    name: str
+    kind: Kind
+    options: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The text that it was learned from: tokens, and the SHA-256 of their numbers."""
+
+    source: str
+    sha256: str
+    num_tokens: int
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class LayerShape(_Part):
+    num_kv_heads: int
+    head_dim: int
+
+
+class _Model(_Part):
+    source: str
+    model_type: str
+    fingerprint: list[list[float]]
+
+
+class _Corpus(_Part):
+    source: str
+    sha256: str
+    num_tokens: int
+
+
+class _Entry(_Part):
+    kind: Kind
+    options: dict[str, Any]
+    file: str
+    sha256: str
+    notes: dict[str, Any]
+
+
+class Manifest(_Part):
+    """What manifest.json says."""
+
+    format: Literal[1]
+    model: _Model
+    layers: list[LayerShape]
+    corpus: _Corpus
+    members: dict[str, _Entry]
+
+
+def save(folder: str | Path, source: str, model: nn.Module, corpus: Corpus, members: Sequence[Member]) -> None:
+    """Write a calibration of `model`, which was loaded from `source`, as a whole or not at all."""
+    from safetensors.torch import save_file
+
+    config: Any = model.config
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        entries = {}
+        for member in members:
+            file = temporary / f"{member.name}.safetensors"
+            save_file({name: x.detach().cpu().contiguous() for name, x in member.tensors.items()}, file)
+            entries[member.name] = {
+                "kind": member.kind,
+                "options": plain(dict(member.options)),
+                "file": file.name,
+                "sha256": sha256(file),
+                "notes": plain(dict(member.notes)),
+            }
+        write_json(
+            temporary / MANIFEST,
+            {
+                "format": FORMAT,
+                "model": {
+                    "source": source,
+                    "model_type": config.model_type,
+                    "fingerprint": fingerprint(model),
+                },
+                "layers": [shape.model_dump() for shape in layer_shapes(config)],
+                "corpus": plain(corpus),
+                "members": entries,
+            },
+        )
+
+
+def read(folder: str | Path) -> Manifest:
+    """Return a calibration's manifest; raise UsageError where there is none, PiKVError where it is damaged."""
+    file = Path(folder) / MANIFEST
+    if not file.is_file():
+        raise UsageError(
+            f"{folder}: no calibration here: no {MANIFEST}", hint=f"make one: {COMMANDS['codec'].format(name='NAME')}"
+        )
+    try:
+        return Manifest.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise PiKVError(
+            f"{file}: not a calibration that this version reads: {where + ': ' if where else ''}{first['msg']}",
+            hint="calibrate again",
+        ) from error
+    except OSError as error:
+        raise PiKVError(f"{file}: cannot be read: {error.strerror or error}") from error
+
+
+def fitted(folders: Sequence[str], kind: Kind, component: Component, config: Any) -> dict[str, torch.Tensor]:
+    """Return what one of the folders holds of a codec or policy.
+
+    Raises UsageError where none or several hold it, where the layers are not those of `config`, or where an option of
+    the component is not the one that was fitted; PiKVError where a file is damaged.
+    """
+    name = component.name
+    manifests = {folder: read(folder) for folder in folders}
+    holders = [folder for folder, x in manifests.items() if name in x.members and x.members[name].kind == kind]
+    hint = f"make one: {COMMANDS[kind].format(name=name)}"
+    if not folders:
+        raise UsageError(f"{kind} '{name}' runs only with a calibration of the model, and none is given", hint=hint)
+    if not holders:
+        there = "; ".join(f"{folder} holds {', '.join(x.members) or 'nothing'}" for folder, x in manifests.items())
+        raise UsageError(f"no calibration of {kind} '{name}': {there}", hint=hint)
+    if len(holders) > 1:
+        raise UsageError(f"{kind} '{name}' is calibrated in {' and in '.join(holders)}", hint="give one of them")
+    folder = holders[0]
+    manifest, entry = manifests[folder], manifests[folder].members[name]
+    ours = layer_shapes(config)
+    if manifest.layers != ours:
+        raise UsageError(
+            f"{folder}: a calibration of {manifest.model.source} with {_described(manifest.layers)}; "
+            f"this model has {_described(ours)}",
+            hint=hint,
+        )
+    for option, asked in component.options.items():
+        if option in entry.options and plain(asked) != entry.options[option]:
+            raise UsageError(
+                f"{folder}: {kind} '{name}' was fitted with {option} {entry.options[option]}, not {asked}",
+                hint=f"drop {option}, or calibrate with it",
+            )
+    return _tensors(Path(folder) / entry.file, entry.sha256)
+
+
+def check_model(folders: Sequence[str], model: nn.Module) -> None:
+    """Raise UsageError where a calibration is of another model, of the same architecture even."""
+    found = fingerprint(model)
+    for folder in folders:
+        made_of = read(folder).model
+        if not is_same(found, made_of.fingerprint):
+            raise UsageError(
+                f"{folder}: a calibration of {made_of.source} ({made_of.model_type}); this model has other weights",
+                hint=f"make one of this model: {COMMANDS['codec'].format(name='NAME')}",
+            )
+
+
+def layer_shapes(config: Any) -> list[LayerShape]:
+    """Return the key/value heads of each layer and their channels."""
+    text = config.get_text_config(decoder=True)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    num_kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return [LayerShape(num_kv_heads=num_kv_heads, head_dim=head_dim) for _ in windows(config)]
+
+
+def _described(layers: Sequence[LayerShape]) -> str:
+    kinds = sorted({(x.num_kv_heads, x.head_dim) for x in layers})
+    return f"{len(layers)} layers of " + " or ".join(
+        f"{heads} heads of {channels} channels" for heads, channels in kinds
+    )
+
+
+def _tensors(file: Path, expected: str) -> dict[str, torch.Tensor]:
+    damaged = PiKVError(f"{file}: damaged: its contents are not what the manifest says", hint="calibrate again")
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise damaged from error
+    if _hash(file, status.st_mtime_ns, status.st_size) != expected:
+        raise damaged
+    return _load(file, status.st_mtime_ns, expected)
+
+
+@functools.lru_cache(maxsize=16)
+def _hash(file: Path, modified_ns: int, num_bytes: int) -> str:
+    return sha256(file)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(file: Path, modified_ns: int, expected: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(file)

@@ -1,0 +1,379 @@
+"""A lane: the (row, head) pairs of a layer that hold equally many tokens, in dense stores.
+
+A layer starts as one lane of all its rows and heads, and splits when a budget makes its heads unequal: then each lane
+is N pairs, stored as N rows of one head, and what the others drop is really freed.
+Shapes: B rows of this lane, H query heads, G key/value heads of this lane, R = H/G, T new tokens, S slots, D head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pikv_core.cache.chunks import attend_in_chunks
+from pikv_core.cache.eviction import evict
+from pikv_core.cache.page_bounds import PageBounds
+from pikv_core.cache.store import Store
+from pikv_core.compression.base import Codec
+from pikv_core.compression.none import Plain
+from pikv_core.observation import LayerRun, Observer, Rows
+from pikv_core.scheduling.base import Evictor, Selector, Tokens
+from pikv_kernels.partial_attention import causal_attention
+from pikv_kernels.prefill_rows import prefill_rows
+
+SCORE = "score"  # the column of a score that was taken once: ranks, which later tokens' positions exceed
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a layer does with tokens, whichever they are.
+
+    window: tokens a query may look back, itself included, None for all. rerotate: keys are read at the positions
+    0..S-1 of what is left instead of their own.
+    """
+
+    codec: Codec
+    evictor: Evictor | None
+    selector: Selector | None
+    window: int | None
+    rerotate: bool
+    run: LayerRun
+
+    @property
+    def page(self) -> int:
+        """Slots that stores grow by."""
+        return math.lcm(self.selector.page_tokens, self.codec.unit_tokens) if self.selector else 8
+
+    @property
+    def decides_once(self) -> bool:
+        return self.evictor is not None and self.evictor.decides_once
+
+    def columns(self, scoring: bool) -> tuple[str, ...]:
+        """Name the statistics of stored tokens; `scoring` while a score that is taken once is still to come."""
+        own = self.evictor.columns if self.evictor and (scoring or not self.decides_once) else ()
+        return (*own, *((SCORE,) if self.decides_once else ()), *self.codec.columns)
+
+
+class Lane:
+    """Dense stores of B rows and G heads: the newest tokens in full precision (`tail`), older under the codec (`body`).
+
+    pairs: None for a whole layer, else row·heads + head of each of the B rows, G being 1. head [B,G]: the layer's head.
+    """
+
+    def __init__(self, plan: LayerPlan, pairs: torch.Tensor | None, head: torch.Tensor):
+        self.plan, self.pairs, self.head = plan, pairs, head
+        codec = plan.codec if pairs is None else plan.codec.for_heads(head)
+        columns, page = plan.columns(scoring=True), plan.page
+        self.tail = Store(Plain(), columns, page if isinstance(codec, Plain) else 8)
+        self.body = None if isinstance(codec, Plain) else Store(codec, columns, page)
+        self.bounds = PageBounds(page) if plan.selector is not None else None
+        self.has_empty = False
+        self.in_order = True
+
+    @property
+    def stores(self) -> list[Store]:
+        """The stores that hold tokens, older ones first."""
+        return [store for store in (self.body, self.tail) if store is not None and store.num_slots]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots per head, empty ones included."""
+        return sum(store.num_slots for store in self.stores)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of live storage: codes, scales, positions, statistics, page bounds, spare room."""
+        held = self.tail.nbytes + (self.body.nbytes if self.body is not None else 0)
+        return held + (self.bounds.nbytes if self.bounds is not None else 0)
+
+    def of_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Return this lane's part [B,G·n,...] of a layer's tensor [rows, heads·n, ...], or of [rows, heads]."""
+        if self.pairs is None:
+            return x
+        num_heads = self.plan.run.num_kv_heads
+        by_pair = x.reshape(len(x) * num_heads, x.shape[1] // num_heads, *x.shape[2:])
+        return by_pair.index_select(0, self.pairs.to(x.device))
+
+    def of_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Return this lane's part [B,...] of a tensor with one entry per row of the batch."""
+        if self.pairs is None:
+            return x
+        return x.index_select(0, (self.pairs // self.plan.run.num_kv_heads).to(x.device))
+
+    def contents(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return keys, values [B,G,S,D], decoded, and positions [B,G,S]."""
+        parts = [(*store.decoded(), store.position) for store in self.stores]
+        keys, values, position = (torch.cat(tensors, dim=2) for tensors in zip(*parts))
+        return keys, values, position
+
+    def position(self) -> torch.Tensor:
+        """Return true positions [B,G,S] of all stores, -1 for slots that hold nothing."""
+        return torch.cat([store.position for store in self.stores], dim=2)
+
+    def arrive(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> None:
+        """Append new tokens [B,G,T,D] at `position` [B,T] to the tail."""
+        by_head = position[:, None].expand(*keys.shape[:3])
+        self.tail.append(keys, values, by_head, {SCORE: by_head.float()} if self.plan.decides_once else None)
+        if self.bounds is not None and self.body is None:
+            self.bounds.append(keys, by_head >= 0 if self.has_empty else None)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        position: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        watchers: Sequence[Observer],
+        capacity: Callable[[], int],
+    ) -> torch.Tensor:
+        """Attend query [B,H,T,D] at `position` [B,T] and show the watchers; return [B,H,T,D].
+
+        sinks: logits [B|1,G,R]. capacity: tells the budget in tokens, which a selector reads under.
+        """
+        T = query.shape[2]
+        special = softcap is not None or sinks is not None
+        is_prompt = T == self.num_slots and T > 1 and self.plan.window is None and not self.has_empty
+        num_shown = max((watcher.observes for watcher in watchers), default=0)
+        if is_prompt and not special:
+            keys, values = self.tail.decoded()
+            if not num_shown:
+                return causal_attention(query, keys, values, scale)
+            return prefill_rows(
+                query,
+                keys,
+                values,
+                scale,
+                num_shown,
+                lambda new, probs: self._show(
+                    watchers, position, new, T, [probs], (position[:, None, new] + 1).expand(*probs.shape[:2], -1)
+                ),
+            )
+        plain = T == 1 and not special and not num_shown and not self.plan.rerotate
+        if plain and self.stores == [self.tail]:
+            store = self._read(self.tail, query, capacity)
+            masked = self.has_empty or self.plan.window is not None or store is not self.tail
+            visible = self._visible(store, position) if masked else None
+            rows = query.reshape(len(query), self.tail.position.shape[1], -1, query.shape[-1])
+            return store.attend_plainly(rows, visible, scale).reshape(query.shape)
+        if self.plan.rerotate:
+            query, read = self._rerotated(query, position)
+        else:
+            read = [self._read(x, query, capacity) if T == 1 else x.plain() for x in self.stores]
+        only_new = self.in_order and T == self.num_slots
+
+        def visible_until(store: Store, new: slice) -> torch.Tensor:
+            seen = self._visible(store, position[:, new])
+            return seen[..., : new.stop] if only_new else seen
+
+        def show(new: slice, probs: list[torch.Tensor], num_visible: torch.Tensor) -> None:
+            self._show(watchers, position, new, T, probs, num_visible)
+
+        return attend_in_chunks(query, read, visible_until, scale, softcap, sinks, num_shown, show)
+
+    def _show(
+        self,
+        watchers: Sequence[Observer],
+        position: torch.Tensor,
+        new: slice,
+        num_new: int,
+        probs: list[torch.Tensor],
+        num_visible: torch.Tensor,
+    ) -> None:
+        """Show each watcher those queries of a chunk that are among the newest it observes."""
+        for watcher in watchers:
+            first = max(0, num_new - watcher.observes)
+            skip = max(0, first - new.start)
+            if new.start + skip >= new.stop:
+                continue
+            for store, rows in zip(self.stores, probs):
+                S = rows.shape[-1]
+                seen = Rows(
+                    rows[:, :, :, skip:],
+                    position[:, new.start + skip : new.stop],
+                    store.position[:, :, :S],
+                    num_visible[:, :, skip:],
+                    is_first=new.start + skip == first,
+                    is_last=new.stop == num_new,
+                    layer=self.plan.run,
+                )
+                columns = store.columns()
+                watcher.observe({name: columns[name][:, :, :S] for name in watcher.columns if name in columns}, seen)
+
+    def _visible(self, store: Store, position: torch.Tensor) -> torch.Tensor:
+        """Return bool [B,1|G,T,S]: which slots the queries at `position` [B,T] may see."""
+        held = store.position
+        if self.in_order and not store.is_selection:
+            held = held[:, :1]  # the heads agree
+        ahead = position[:, None, :, None] - held[:, :, None, :]
+        visible = (held >= 0)[:, :, None] & (ahead >= 0)
+        return visible if self.plan.window is None else visible & (ahead < self.plan.window)
+
+    def _read(self, store: Store, query: torch.Tensor, capacity: Callable[[], int]) -> Store:
+        """Return what a single query reads of a store: the selector's pages of it, or all."""
+        selector, bounds = self.plan.selector, self.bounds
+        if selector is None or bounds is None or (self.body is not None and store is self.tail):
+            return store
+        others = self.num_slots - store.num_slots
+        page = bounds.page_tokens
+        num_pages = max(1, selector.num_pages(capacity(), page) - -(-others // page))
+        if num_pages >= bounds.num_pages:
+            return store
+        rows = query.reshape(len(query), store.position.shape[1], -1, query.shape[-1])
+        score = selector.score(rows, bounds.lowest, bounds.highest)
+        return store.pages(score.topk(num_pages, dim=-1).indices, page)
+
+    def _rerotated(self, query: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, list[Store]]:
+        """Return query and stores as if the stored tokens stood at the positions 0, 1, 2, ... of what is left."""
+        held, run = self.position(), self.plan.run
+        real = held >= 0
+        before = (~real).sum(-1, keepdim=True)  # empty slots sort first
+        rank = held.argsort(dim=-1, stable=True).argsort(dim=-1) - before
+        offset = torch.where(real, rank - held, 0).split([store.num_slots for store in self.stores], dim=2)
+        read = [store.shifted(run.rotary, part, run.index) for store, part in zip(self.stores, offset)]
+        own = (real[:, :, None] & (held[:, :, None] <= position[:, None, :, None])).sum(-1) - 1 - position[:, None]
+        own = own.masked_fill(position[:, None] < 0, 0).repeat_interleave(query.shape[1] // held.shape[1], dim=1)
+        return run.rotary.shift(query, own, run.index), read
+
+    def score(self, num_seen: torch.Tensor, capacity: torch.Tensor, decide: bool) -> torch.Tensor:
+        """Return the evictor's scores [B,G,S], -inf for empty slots and what has left the window.
+
+        num_seen [B], capacity [B,G]: on the CPU. decide: take anew the score that is taken once.
+        """
+        position, evictor = self.position(), self.plan.evictor
+        seen = num_seen.to(position.device)
+        if evictor is None:
+            score = position.float()
+        elif self.plan.decides_once and not decide:
+            score = torch.cat([store.columns()[SCORE] for store in self.stores], dim=2)
+        else:
+            columns = {name: torch.cat([x.columns()[name] for x in self.stores], dim=2) for name in evictor.columns}
+            tokens = Tokens(
+                position,
+                columns,
+                seen,
+                capacity.to(position.device),
+                self.head.to(position.device),
+                lambda: self.contents()[0],
+                lambda: self.contents()[1],
+                self.plan.run,
+            )
+            score = evictor.score(tokens)
+        gone = position < 0
+        if self.plan.window is not None:
+            gone = gone | (position < (seen - self.plan.window + 1)[:, None, None])
+        return score.masked_fill(gone, -torch.inf)
+
+    def settle(self, score: torch.Tensor) -> None:
+        """Keep a score [B,G,S] that is taken once as its rank, and free the statistics it came from."""
+        order = self.position().argsort(dim=-1, stable=True)
+        rank = order.gather(-1, score.gather(-1, order).argsort(dim=-1, stable=True)).argsort(dim=-1).float()
+        for store, part in zip(self.stores, rank.split([store.num_slots for store in self.stores], dim=2)):
+            store.columns()[SCORE].copy_(part)
+        self.set_columns(scoring=False)
+
+    def set_columns(self, scoring: bool) -> None:
+        """Carry what `LayerPlan.columns` names."""
+        for store in (self.body, self.tail):
+            if store is not None:
+                store.set_columns(self.plan.columns(scoring))
+
+    def needs_eviction(self, capacity: torch.Tensor) -> bool:
+        """Tell whether any head holds more than its `capacity` [B,G]."""
+        return self.num_slots > int(capacity.min())
+
+    def evict(self, score: torch.Tensor, capacity: torch.Tensor) -> None:
+        """Drop what is over `capacity` [B,G]."""
+        dropped = evict(self.stores, score, capacity)
+        self.in_order = self.in_order and not dropped.moved
+        self.has_empty = self.has_empty or dropped.emptied
+
+    def encode(self) -> None:
+        """Move the oldest whole units of the tail, full precision until now, into the body."""
+        tail, body = self.tail, self.body
+        if body is None:
+            return
+        num_tokens = (tail.num_slots - body.codec.residual) // body.unit * body.unit
+        if num_tokens <= 0:
+            return
+        order = tail.position.argsort(dim=-1, stable=True)
+        oldest, rest = order[:, :, :num_tokens], order[:, :, num_tokens:]
+        if body.codec.sorted_by is not None:
+            oldest = _deal(oldest, tail.columns()[body.codec.sorted_by], body.unit, body.codec.num_levels)
+        keys, values = tail.decoded()
+        take = oldest[..., None].expand(*oldest.shape, keys.shape[-1])
+        keys, values = keys.gather(2, take), values.gather(2, take)
+        position = tail.position.gather(2, oldest)
+        columns = {name: column.gather(2, oldest) for name, column in tail.columns().items()}
+        body.append(keys, values, position, columns)
+        if body.codec.sorted_by is not None:
+            self.in_order = False
+        if self.bounds is not None:
+            self.bounds.append(keys, position >= 0 if self.has_empty else None)
+        tail.keep(rest)
+
+    def rewind(self, num_tokens: int) -> None:
+        """Forget the newest tokens of the tail."""
+        self.tail.drop_newest_slots(num_tokens)
+        if self.bounds is not None and self.body is None:
+            whole = self.tail.num_slots // self.bounds.page_tokens * self.bounds.page_tokens
+            keys = self.tail.decoded()[0][:, :, whole:]
+            self.bounds.rewind(keys, self.tail.position[:, :, whole:] >= 0, self.tail.num_slots)
+
+    def split(self, capacity: torch.Tensor) -> list[Lane]:
+        """Return lanes of pairs whose `capacity` [B,G] is nearly equal (within 3 %, or one token)."""
+        flat = capacity.flatten()
+        order = flat.argsort(descending=True, stable=True)
+        groups: list[list[int]] = []
+        for pair in order.tolist():
+            most = int(flat[groups[-1][0]]) if groups else 0
+            if groups and most - int(flat[pair]) <= max(1, most // 32):
+                groups[-1].append(pair)
+            else:
+                groups.append([pair])
+        return [self._part(torch.tensor(sorted(group))) for group in groups]
+
+    def _part(self, pairs: torch.Tensor) -> Lane:
+        lane = Lane(self.plan, pairs, self.head.flatten()[pairs][:, None])
+        on_device = pairs.to(self.tail.position.device)
+        lane.tail = self.tail.part(on_device, self.tail.codec)
+        if self.body is not None and lane.body is not None and self.body.num_slots:
+            lane.body = self.body.part(on_device, lane.body.codec)
+        lane.has_empty, lane.in_order = self.has_empty, self.in_order
+        assert self.bounds is None
+        return lane
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Reorder, repeat or drop rows of the batch: `rows` on the CPU are the old ones, in their new order."""
+        if self.pairs is None:
+            picked = rows
+            self.head = self.head[:1].expand(len(rows), -1)
+        else:
+            num_heads = self.plan.run.num_kv_heads
+            old_row = self.pairs // num_heads
+            found = [(new, entry) for new, old in enumerate(rows.tolist()) for entry in _where(old_row == old)]
+            picked = torch.tensor([entry for _, entry in found], dtype=torch.long)
+            self.head = self.head[picked]
+            self.pairs = torch.tensor([new for new, _ in found], dtype=torch.long) * num_heads + self.head[:, 0]
+        on_device = picked.to(self.tail.position.device)
+        self.tail.select_rows(on_device)
+        if self.body is not None:
+            self.body.select_rows(on_device)
+            if self.pairs is not None:
+                self.body.codec = self.plan.codec.for_heads(self.head)
+        if self.bounds is not None:
+            self.bounds.select_rows(on_device)
+
+
+def _where(mask: torch.Tensor) -> list[int]:
+    return mask.nonzero()[:, 0].tolist()
+
+
+def _deal(oldest: torch.Tensor, importance: torch.Tensor, unit: int, num_levels: int) -> torch.Tensor:
+    """Rank slots `oldest` [B,G,N] by importance [B,G,S], and deal them so that each unit has some of every level."""
+    ranked = oldest.gather(2, importance.gather(2, oldest).argsort(dim=-1, descending=True, stable=True))
+    by_level = ranked.unflatten(2, (num_levels, ranked.shape[2] // unit, unit // num_levels))
+    return by_level.transpose(2, 3).flatten(2)

@@ -18,9 +18,10 @@ def share_out(wish: torch.Tensor, total: torch.Tensor, least: torch.Tensor, most
     most: whole numbers [B,1|N], which have to leave room for `total`.
     """
     least, most = (x.double().expand_as(wish) for x in (least, most))
-    clamped = wish.clamp(least, most)
-    missing = (clamped.sum(dim=1) - total).abs() > 1e-6
-    exact = _scaled(wish, total.double(), least, most).where(missing[:, None], clamped)
+    exact = wish.clamp(least, most)
+    missing = (exact.sum(dim=1) - total).abs() > 1e-6
+    if missing.any():
+        exact = _scaled(wish, total.double(), least, most).where(missing[:, None], exact)
     rounded = exact.round()
     short = (total - rounded.sum(dim=1)).round()[:, None]
     most_wronged = ((exact - rounded) * short.sign()).argsort(dim=1, descending=True, stable=True)

@@ -27,7 +27,8 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     parts = _parts(bits)
     length = packed.shape[-1] * 8 // bits
     runs = packed.split([length * width // 8 for _, width in parts], dim=-1)
-    codes = [_unpack_part(run, width) for run, (_, width) in zip(runs, parts)]
+    # Strided runs of a few bytes would be shifted byte by byte.
+    codes = [_unpack_part(run.contiguous(), width) for run, (_, width) in zip(runs, parts)]
     if bits > 8:
         codes = [code.int() for code in codes]
     whole = codes[0]

@@ -55,9 +55,12 @@ class Shared:
         if self.check:
             typer.echo(recipes.dump(recipe), nl=False)
             return
-        from pikv_core.runs import Run
+        from pikv_core.runs import Reporter, Run, rank
 
-        job = importlib.import_module(f"pikv_core.jobs.{verb.replace('-', '_')}")
+        job = importlib.import_module(f"pikv_core.jobs.{recipe.job}")
+        if rank() > 0:
+            job.run(recipe, Run(recipe, Reporter(), resume))
+            return
         with output.Progress(quiet=self.json) as progress:
             run = Run(recipe, progress, resume)
             result = job.run(recipe, run)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -156,7 +156,11 @@ def _problems(error: ValidationError, schema: type[BaseModel], source: str, orig
 
 def _keys_at(schema: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     for part in path:
+        if isinstance(part, int):
+            continue
         annotation = schema.model_fields[str(part)].annotation
+        if get_origin(annotation) is list:
+            annotation = getattr(get_args(annotation)[0], "__origin__", None)
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         schema = annotation

@@ -22,6 +22,11 @@ from pikv_core.telemetry import Telemetry
 RUNS = Path("runs")
 
 
+def rank() -> int:
+    """Return which of the processes that torchrun started this is, 0 for one alone; 0 writes and reports."""
+    return int(os.environ.get("RANK", "0"))
+
+
 class Reporter:
     """Tell how far a job is; this one is silent, the command line's writes to stderr."""
 
@@ -44,7 +49,7 @@ class Run:
         self.resumed = resume is not None
         self._folder: Path | None = resume
         self._telemetry: Telemetry | None = None
-        if resume is None and recipe.out is not None:
+        if resume is None and recipe.out is not None and rank() == 0:
             _check_free(Path(recipe.out))
 
     @property

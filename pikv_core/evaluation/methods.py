@@ -1,60 +1,70 @@
-"""Methods of a sweep: `h2o`, `int8`, `h2o+int8`: a policy, a codec or both, at a budget."""
+"""Methods of a sweep as text: `h2o`, `int8`, `h2o+int8`, `snapkv+int4@ada-kv`, `switch:h2o+snapkv+int8`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import PydanticCustomError
 
 from pikv_core.components import Component
 from pikv_core.compression import CODECS
-from pikv_core.errors import UsageError, closest
+from pikv_core.errors import closest
 from pikv_core.scheduling import POLICIES
-from pikv_core.schema import CacheRecipe
+
+SWITCH = "switch"
 
 
-@dataclass(frozen=True)
-class Method:
-    """One row of a sweep."""
+def parse(text: str) -> dict[str, Any]:
+    """Return the keys of a MethodRecipe: a policy, a codec or both, joined by `+`, then `@` and an allocation.
 
-    cache: CacheRecipe
-
-    @property
-    def label(self) -> str:
-        return label(self.cache.policy.name, self.cache.codec.name)
-
-
-def label(policy: str, codec: str) -> str:
-    """Name a policy and a codec as on the command line: `h2o`, `int8`, `h2o+int8`."""
-    return policy if codec == "none" else codec if policy == "full" else f"{policy}+{codec}"
-
-
-def expand(methods: Iterable[str], budgets: Iterable[float | int | str], allocation: Component) -> list[Method]:
-    """Return a method for each name and budget, the full cache first; a codec alone has no budget.
-
-    Raises UsageError for a name that is neither policy nor codec, or a pair that is not one of each.
+    After `switch:` come policies, joined by `+`; a codec may follow them. Raises pydantic's error for a name that is
+    neither policy nor codec, or more than one of each.
     """
-    rows: dict[tuple[str, str], Method] = {}
-    budgets = list(budgets)
-    for text in ["full", *methods]:
-        policy, codec = _parse(text)
-        limited: list[float | int | str] = [1.0] if policy == "full" else budgets
-        for budget in limited:
-            cache = CacheRecipe(policy=Component(policy), codec=Component(codec), budget=budget, allocation=allocation)
-            rows.setdefault((f"{policy}+{codec}", repr(budget)), Method(cache))
-    return list(rows.values())
+    body, at, allocation = text.partition("@")
+    head, colon, rest = body.partition(":")
+    if colon and head.strip() != SWITCH:
+        raise _problem(text, f"'{head}' takes no policies after ':'", f"for example {SWITCH}:h2o+snapkv")
+    policies, codecs = _split(text, rest if colon else body)
+    if colon:
+        if len(policies) < 2 or len(codecs) > 1:
+            raise _problem(text, f"{SWITCH} takes two policies or more and at most one codec", "switch:h2o+snapkv+int8")
+        policy: Any = {"name": SWITCH, "policies": policies}
+    else:
+        if len(policies) > 1 or len(codecs) > 1:
+            raise _problem(text, "at most one policy and one codec", "for example h2o+int8")
+        policy = (policies or ["full"])[0]
+    method: dict[str, Any] = {"policy": policy, "codec": (codecs or ["none"])[0]}
+    return {**method, "allocation": allocation.strip()} if at else method
 
 
-def _parse(text: str) -> tuple[str, str]:
-    parts = [part.strip() for part in text.split("+")]
+def label(policy: Component, codec: Component, allocation: Component, rerotate: bool = False) -> str:
+    """Name a method as on the command line, with what the command line cannot say in brackets."""
+    name = _named(policy, ["rerotate"] if rerotate else [])
+    if codec.name != "none":
+        name = _named(codec) if name == "full" else f"{name}+{_named(codec)}"
+    return name if allocation == Component("uniform") else f"{name}@{_named(allocation)}"
+
+
+def _named(component: Component, more: list[str] | None = None) -> str:
+    options = dict(component.options)
+    name = component.name
+    if name == SWITCH and "policies" in options:
+        name = f"{SWITCH}:{'+'.join(options.pop('policies'))}"
+    said = [*(f"{key}={value}" for key, value in options.items()), *(more or [])]
+    return f"{name}({', '.join(said)})" if said else name
+
+
+def _split(text: str, joined: str) -> tuple[list[str], list[str]]:
+    parts = [part.strip() for part in joined.split("+")]
     policies = [part for part in parts if part in POLICIES.names()]
     codecs = [part for part in parts if part in CODECS.names()]
     for part in parts:
         if part not in policies and part not in codecs:
-            names = [*POLICIES.names(), *CODECS.names()]
-            raise UsageError(
-                f"method '{text}': '{part}' is neither a policy nor a codec{closest(part, names)}",
-                hint=f"policies: {', '.join(POLICIES.names())}; codecs: {', '.join(CODECS.names())}",
-            )
-    if len(policies) > 1 or len(codecs) > 1:
-        raise UsageError(f"method '{text}': at most one policy and one codec", hint="for example h2o+int8")
-    return (policies or ["full"])[0], (codecs or ["none"])[0]
+            near = closest(part, [*POLICIES.names(), *CODECS.names()])
+            allowed = f"policies: {', '.join(POLICIES.names())}; codecs: {', '.join(CODECS.names())}"
+            raise _problem(text, f"'{part}' is neither a policy nor a codec{near}", allowed)
+    return policies, codecs
+
+
+def _problem(text: str, reason: str, allowed: str) -> PydanticCustomError:
+    return PydanticCustomError("component", "{text}", {"text": f"method '{text}': {reason}; {allowed}"})

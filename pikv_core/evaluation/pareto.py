@@ -1,12 +1,16 @@
-"""The picture of a sweep: quality against the share of bytes that stays resident, and the frontier."""
+"""The picture of a sweep: each quality against the share of bytes that stays resident, and the frontier."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from pikv_core.evaluation.sweep import Row
+from pikv_core.evaluation.row import Row
+from pikv_core.evaluation.target import SMALLER_IS_BETTER
 from pikv_core.files import replacing
+
+MARKS = "os^vDP<>X"
 
 
 def frontier(points: Sequence[tuple[float, float]], better: Callable[[float, float], bool]) -> list[int]:
@@ -22,29 +26,39 @@ def frontier(points: Sequence[tuple[float, float]], better: Callable[[float, flo
 
 
 def draw(rows: Sequence[Row], perplexity_of: str, path: Path) -> None:
-    """Draw recall and perplexity over the share of bytes, one mark per row, to a PNG."""
+    """Draw every measured quality over the share of bytes, one line a method, to a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
-    panels = [
-        ("recall", [row.recall for row in rows], lambda new, old: new > old),
-        (f"perplexity of {perplexity_of}", [row.perplexity for row in rows], lambda new, old: new < old),
-    ]
-    shares = [row.resident_bytes / row.full_bytes for row in rows]
-    for axis, (title, quality, better) in zip(axes, panels):
-        for name in dict.fromkeys(row.label for row in rows):
-            picked = [index for index, row in enumerate(rows) if row.label == name]
-            axis.scatter([shares[i] for i in picked], [quality[i] for i in picked], label=name, s=28, zorder=3)
-        best = frontier(list(zip(shares, quality)), better)
-        axis.plot([shares[i] for i in best], [quality[i] for i in best], color="0.6", lw=1, zorder=1)
-        axis.set_xlabel("resident bytes / bytes of the full cache")
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.3)
-    axes[1].set_yscale("log")
-    axes[0].legend(fontsize=8)
+    qualities = [name for name in SMALLER_IS_BETTER if any(getattr(row, name) is not None for row in rows)]
+    panels = max(1, len(qualities))
+    figure, axes = pyplot.subplots(1, panels, figsize=(5 * panels + 2.5, 4.4), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], qualities):
+        _panel(axis, rows, name)
+        axis.set_title(f"perplexity of {perplexity_of}" if name == "perplexity" else name, fontsize=10)
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside right upper", fontsize=8)
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=140)
+        figure.savefig(temporary, dpi=140, format="png")
     pyplot.close(figure)
+
+
+def style(index: int) -> dict[str, Any]:
+    """Return colour and mark of the method of that number; they repeat after 90."""
+    return {"color": f"C{index % 10}", "marker": MARKS[index % len(MARKS)], "markersize": 4.5}
+
+
+def _panel(axis: Any, rows: Sequence[Row], name: str) -> None:
+    measured = [row for row in rows if getattr(row, name) is not None]
+    for index, method in enumerate(dict.fromkeys(row.method for row in rows)):
+        own = sorted((row for row in measured if row.method == method), key=lambda row: row.share)
+        axis.plot([r.share for r in own], [getattr(r, name) for r in own], lw=1, label=method, **style(index))
+    points = [(row.share, getattr(row, name)) for row in measured]
+    best = frontier(points, (lambda new, old: new < old) if SMALLER_IS_BETTER[name] else (lambda new, old: new > old))
+    axis.plot([points[i][0] for i in best], [points[i][1] for i in best], color="0.8", lw=4, zorder=0, label="frontier")
+    axis.set_xlabel("resident bytes / bytes of the full cache")
+    axis.grid(alpha=0.3)
+    if name == "perplexity":
+        axis.set_yscale("log")

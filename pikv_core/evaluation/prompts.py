@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pikv_core.data import corpus, text_files
-from pikv_core.data.recall import RecallSource, has_recall
+from pikv_core.data.recall import RecallBatch, RecallSource, has_recall
 from pikv_core.data.words import KEYS
 from pikv_core.errors import PiKVError
 from pikv_core.model.loading import LoadedModel
@@ -19,22 +19,30 @@ if TYPE_CHECKING:
 
 MOST_UNKNOWN = 0.05  # share of unknown tokens above which a tokenizer does not speak the text
 NUM_NATURAL_QUESTIONS = 8
+PROMPTS_AT_A_TIME = 4
 
 
 @dataclass(frozen=True)
 class RecallPrompts:
-    """Token ids on the CPU: context [N,C], questions [N,Q,A], answers [N,Q,L]; depth [N,Q] of each asked needle."""
+    """Token ids on the CPU: context [N,C], questions [N,Q,A], answers [N,Q,L]; depth [N,Q] of each asked needle.
+
+    num_needles: in each context, asked for or not.
+    """
 
     context: torch.Tensor
     questions: torch.Tensor
     answers: torch.Tensor
     depth: torch.Tensor
+    num_needles: int
     source: str
+
+    def asked(self) -> torch.Tensor:
+        """Return what follows each context [N,F]: question and answer in turn."""
+        return torch.cat([self.questions, self.answers], dim=-1).flatten(1)
 
     def joined(self, num_samples: int) -> torch.Tensor:
         """Return the first samples as they were trained on [N,T]: context, then question and answer in turn."""
-        asked = torch.cat([self.questions, self.answers], dim=-1)[:num_samples]
-        return torch.cat([self.context[:num_samples], asked.flatten(1)], dim=1)
+        return torch.cat([self.context, self.asked()], dim=1)[:num_samples]
 
 
 @dataclass(frozen=True)
@@ -106,8 +114,8 @@ def _opening(tokenizer: Any) -> list[int]:
 
 def recall_prompts(
     loaded: LoadedModel, stream: np.ndarray | None, num_queries: int, length: int, seed: int
-) -> RecallPrompts:
-    """Return prompts of `length` tokens in all with at least `num_queries` questions together.
+) -> list[RecallPrompts]:
+    """Return prompts of `length` tokens in all with at least `num_queries` questions together, by number of needles.
 
     A model that was trained on the recall task is asked in its own words; any other one gets sentences with
     numbers, scattered through `stream`.
@@ -121,31 +129,39 @@ def recall_prompts(
             f"{loaded.source}: the tokenizer does not know the embedded text, and the folder holds no recall task",
             hint="give text that the model was trained for with --text",
         )
-    return _sentence_prompts(loaded.tokenizer, stream, rng, num_queries, length)
+    return [_sentence_prompts(loaded.tokenizer, stream, rng, num_queries, length)]
 
 
-def _task_prompts(source: RecallSource, rng: np.random.Generator, num_queries: int, length: int) -> RecallPrompts:
-    questions, answers, contexts, depths = [], [], [], []
-    layout: tuple[int, int] | None = None
+def _task_prompts(source: RecallSource, rng: np.random.Generator, num_queries: int, length: int) -> list[RecallPrompts]:
+    """Draw prompts of the task; one layout for each number of needles, which in real text varies."""
+    drawn: dict[int, list[RecallBatch]] = {}
     asked = 0
     while asked < num_queries:
-        batch = source.batch(rng, 1 if layout is None else 16, length, split="test")
-        Q = batch.depth.shape[1]
-        if layout is not None and (batch.context_length, Q) != layout:
-            continue
-        layout = (batch.context_length, Q)
-        ids = torch.from_numpy(batch.ids)
-        asking = ids[:, batch.context_length :].unflatten(1, (Q, batch.question_tokens + 1))
-        contexts.append(ids[:, : batch.context_length])
-        questions.append(asking[..., : batch.question_tokens])
-        answers.append(asking[..., batch.question_tokens :])
-        depths.append(torch.from_numpy(batch.depth))
+        batch = source.batch(rng, PROMPTS_AT_A_TIME, length, split="test")
+        drawn.setdefault(_num_needles(source, batch), []).append(batch)
         asked += batch.depth.size
+    return [_joined(batches, num_needles, source) for num_needles, batches in sorted(drawn.items())]
+
+
+def _num_needles(source: RecallSource, batch: RecallBatch) -> int:
+    """Count the needles of a context, each of which has a key of its own."""
+    first = 2 if source.task.filler == "text" else 0  # the markers come before the keys
+    ids = source.tokenizer.get_vocab()
+    keys = [ids[word] for word in source.task.words()[first : first + source.task.num_keys]]
+    return int(np.isin(batch.ids[0, : batch.context_length], keys).sum())
+
+
+def _joined(batches: list[RecallBatch], num_needles: int, source: RecallSource) -> RecallPrompts:
+    first = batches[0]
+    ids = torch.from_numpy(np.concatenate([batch.ids for batch in batches]))
+    depth = torch.from_numpy(np.concatenate([batch.depth for batch in batches]))
+    asking = ids[:, first.context_length :].unflatten(1, (depth.shape[1], first.question_tokens + 1))
     return RecallPrompts(
-        torch.cat(contexts),
-        torch.cat(questions),
-        torch.cat(answers),
-        torch.cat(depths),
+        ids[:, : first.context_length],
+        asking[..., : first.question_tokens],
+        asking[..., first.question_tokens :],
+        depth,
+        num_needles,
         source=f"recall, {source.task.filler} filler",
     )
 
@@ -205,5 +221,6 @@ def _sentence_prompts(
         torch.tensor(questions),
         torch.tensor(answers),
         torch.tensor(depths),
+        num_needles=Q,
         source="sentences with numbers in text",
     )

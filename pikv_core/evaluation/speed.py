@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pikv_core.cache import PiKVCache
-from pikv_core.evaluation.steps import feed, step
+from pikv_core.model.steps import prefill, step
 
 NUM_STEPS = 32
 WARM_UP_STEPS = 4
@@ -19,17 +19,21 @@ WARM_UP_STEPS = 4
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one sequence: a prompt, then NUM_STEPS tokens; the time is the median step after a warm-up."""
+    """Of one sequence: a prompt, then NUM_STEPS tokens; the time is the median step after a warm-up.
+
+    events: what the cache reported while it ran, such as switches.
+    """
 
     resident_bytes: int
     peak_bytes: int
     full_bytes: int
     ms_per_token: float
     prefill_ms: float
+    events: list[dict[str, Any]]
 
 
-def measure_cost(model: Any, new_cache: Callable[[], PiKVCache], prompt: torch.Tensor) -> Cost:
-    """Decode greedily behind a prompt [1,T] and measure the cache."""
+def measure_cost(model: Any, new_cache: Callable[[], PiKVCache], prompt: torch.Tensor, future: torch.Tensor) -> Cost:
+    """Decode greedily behind a prompt [1,T] and measure the cache; `future` [1,F] is shown to policies that ask."""
 
     def now() -> float:
         if model.device.type == "cuda":
@@ -38,7 +42,7 @@ def measure_cost(model: Any, new_cache: Callable[[], PiKVCache], prompt: torch.T
 
     cache = new_cache()
     start = now()
-    logits = feed(model, cache, prompt)
+    logits = prefill(model, cache, prompt, future)
     times = [now()]
     for _ in range(NUM_STEPS):
         logits = step(model, cache, logits.argmax(-1))
@@ -50,4 +54,5 @@ def measure_cost(model: Any, new_cache: Callable[[], PiKVCache], prompt: torch.T
         cache.full_bytes,
         1e3 * statistics.median(steps),
         1e3 * (times[0] - start),
+        list(cache.events),
     )

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from agreement import TIE, Agreement, compare
-from kvpress_side.protocol import Prompts, Side, measure
+from kvpress_side.protocol import Prompts, Side, measure, save
 from report import commit, machine, table
 
 from pikv_core import recipes
@@ -79,7 +79,7 @@ class OwnSide(Side):
     def new(self, num_tokens: int) -> PiKVCache:
         cache = {"policy": self.method.policy, "allocation": self.method.allocation}
         budget = int(self.share * num_tokens)
-        return PiKVCache.from_recipe(self.model.config, {**cache, "budget": budget}).attach(self.model)
+        return PiKVCache.for_model(self.model, {**cache, "budget": budget})
 
     def feed(self, cache: PiKVCache, ids: torch.Tensor) -> None:
         super().feed(cache, ids)
@@ -108,20 +108,20 @@ def main() -> None:
     loaded = load_model(recipe.model, recipe)
     text = read_text(loaded, [], None, recipe.seed, Reporter())
     asked = recall_prompts(loaded, text and text[0], arguments.queries, arguments.context, recipe.seed)
-    prompts = Prompts(asked.context, asked.questions, asked.answers)
+    groups = [Prompts(group.context, group.questions, group.answers) for group in asked]
     cells = {f"{name} at {share}": (method, share) for share in arguments.shares for name, method in METHODS.items()}
     sides = {label: OwnSide(loaded.model, method, share) for label, (method, share) in cells.items()}
     with tempfile.TemporaryDirectory() as folder:
-        peer, positions = _run_peer(arguments, loaded, prompts, cells, Path(folder))
+        peer, positions = _run_peer(arguments, loaded, groups, cells, Path(folder))
     _say("measuring PiKV")
-    own = measure(sides, loaded.model, prompts, arguments.timed, arguments.rounds)
-    compared = prompts.context[: arguments.compared]
-    agreements = {label: _agreement(label, side.kept(compared), positions) for label, side in sides.items()}
+    own = measure(sides, loaded.model, groups, arguments.timed, arguments.rounds)
+    compared = [group.context[: arguments.compared] for group in groups]
+    agreements = {label: _agreement(label, side, compared, positions) for label, side in sides.items()}
     setting = {
         "model": _describe(loaded),
-        "num_queries": int(prompts.answers[..., 0].numel()),
-        "context_tokens": prompts.context.shape[1],
-        "num_compared_prompts": len(compared),
+        "num_queries": sum(group.answers[..., 0].numel() for group in groups),
+        "context_tokens": sorted({group.context.shape[1] for group in groups}),
+        "num_compared_prompts": sum(len(ids) for ids in compared),
         "rounds": arguments.rounds,
         "tie": TIE,
         "dtype": "float32",
@@ -151,7 +151,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shares", type=numbers(float), default=[0.5, 0.25], help="of the context that is kept")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a prompt with its questions")
     parser.add_argument("--queries", type=int, default=2000)
-    parser.add_argument("--compared", type=int, default=16, help="prompts whose kept positions are compared")
+    parser.add_argument("--compared", type=int, default=4, help="prompts of each layout whose kept tokens are compared")
     parser.add_argument("--timed", type=numbers(int), default=[1024, 4096], help="prompt lengths that are timed")
     parser.add_argument("--rounds", type=int, default=7, help="prefills that a median is taken of")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -161,13 +161,13 @@ def _arguments() -> argparse.Namespace:
 def _run_peer(
     arguments: argparse.Namespace,
     loaded: LoadedModel,
-    prompts: Prompts,
+    groups: list[Prompts],
     cells: dict[str, tuple[Method, float]],
     folder: Path,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return kvpress's report, and its kept positions and scores by `<label>/<layer>/kept|score`."""
+    """Return kvpress's report, and its kept positions and scores by `<label>/<group>/<layer>/kept|score`."""
     python = arguments.env or _peer_python()
-    prompts.save(folder / "prompts.npz")
+    save(folder / "prompts.npz", groups)
     job = {
         "model": str(Path(loaded.source).resolve()),
         "prompts": str(folder / "prompts.npz"),
@@ -201,15 +201,15 @@ def _peer_python() -> Path:
     return python
 
 
-def _agreement(label: str, own: list[np.ndarray], peer: dict[str, np.ndarray]) -> Agreement:
+def _agreement(label: str, side: OwnSide, compared: list[torch.Tensor], peer: dict[str, np.ndarray]) -> Agreement:
     heads = []
-    for layer, position in enumerate(own):
-        theirs, score = peer[f"{label}/{layer}/kept"], peer[f"{label}/{layer}/score"]
-        heads += [
-            (theirs[row, head], position[row, head][position[row, head] >= 0], score[row, head])
-            for row in range(theirs.shape[0])
-            for head in range(theirs.shape[1])
-        ]
+    for group, ids in enumerate(compared):
+        for layer, position in enumerate(side.kept(ids)):
+            theirs, score = (peer[f"{label}/{group}/{layer}/{what}"] for what in ("kept", "score"))
+            heads += [
+                (theirs[row, head], position[row, head][position[row, head] >= 0], score[row, head])
+                for row, head in np.ndindex(theirs.shape[:2])
+            ]
     return compare(heads)
 
 

@@ -47,7 +47,7 @@ def table(
     def both(row: dict[str, Any], form: str, *keys: str) -> str:
         return " / ".join(form.format(_at(row[side], keys) / _at(full[side], keys)) for side in sides)
 
-    model = setting["model"]
+    model, lengths = setting["model"], setting["context_tokens"]
     overheads = "".join(f" prefill × ({length:,}) |" for length in timed)
     lines = [
         "# PiKV beside kvpress",
@@ -59,7 +59,7 @@ def table(
         "",
         f"A {model['model_type']} of {model['num_hidden_layers']} layers, hidden {model['hidden_size']}, "
         f"{model['num_attention_heads']}/{model['num_key_value_heads']} heads of {model['head_dim']}; contexts of "
-        f"{setting['context_tokens']:,} tokens, {setting['num_queries']:,} questions asked after compressing; full "
+        f"{lengths[0]:,} to {lengths[-1]:,} tokens, {setting['num_queries']:,} questions asked after compressing; full "
         + "cache: "
         + " / ".join(f"recall {full[side]['recall']:.4f}" for side in sides)
         + ". Two numbers are kvpress / PiKV.",

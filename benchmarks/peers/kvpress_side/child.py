@@ -16,7 +16,7 @@ from typing import Any
 import kvpress
 import numpy as np
 import torch
-from protocol import Prompts, Side, measure
+from protocol import Side, load, measure
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -69,24 +69,25 @@ def main() -> None:
     torch.set_num_threads(1)
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
-    prompts = Prompts.load(Path(job["prompts"]))
+    groups = load(Path(job["prompts"]))
     sides = {
         label: Pressed(model, method["press"], method["options"], method["share"])
         for label, method in job["methods"].items()
     }
     arrays: dict[str, np.ndarray] = {}
     for label, side in sides.items():
-        positions, scores = kept(side, prompts.context[: job["num_compared"]])
-        for layer, (chosen, given) in enumerate(zip(positions, scores)):
-            arrays[f"{label}/{layer}/kept"] = chosen.numpy()
-            arrays[f"{label}/{layer}/score"] = given.numpy()
+        for group, prompts in enumerate(groups):
+            positions, scores = kept(side, prompts.context[: job["num_compared"]])
+            for layer, (chosen, given) in enumerate(zip(positions, scores)):
+                arrays[f"{label}/{group}/{layer}/kept"] = chosen.numpy()
+                arrays[f"{label}/{group}/{layer}/score"] = given.numpy()
     np.savez(job["positions"], **arrays)  # type: ignore[arg-type]
     report = {
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("kvpress", "torch", "transformers")},
         },
-        "measured": measure(sides, model, prompts, job["timed_tokens"], job["rounds"]),
+        "measured": measure(sides, model, groups, job["timed_tokens"], job["rounds"]),
     }
     Path(job["report"]).write_text(json.dumps(report), encoding="utf-8")
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,29 @@ from transformers import DynamicCache
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids: context [N,C], questions [N,Q,A], answers [N,Q,L]."""
+    """Token ids of prompts of one layout: context [N,C], questions [N,Q,A], answers [N,Q,L]."""
 
     context: torch.Tensor
     questions: torch.Tensor
     answers: torch.Tensor
 
-    def save(self, path: Path) -> None:
-        """Write an .npz that `load` reads in the other environment."""
-        np.savez(path, context=self.context, questions=self.questions, answers=self.answers)
 
-    @staticmethod
-    def load(path: Path) -> Prompts:
-        """Read what `save` wrote."""
-        with np.load(path) as arrays:
-            return Prompts(*(torch.from_numpy(arrays[name]) for name in ("context", "questions", "answers")))
+def save(path: Path, groups: Sequence[Prompts]) -> None:
+    """Write prompts of several layouts as an .npz that `load` reads in the other environment."""
+    arrays = {
+        f"{index}/{field.name}": getattr(group, field.name)
+        for index, group in enumerate(groups)
+        for field in fields(group)
+    }
+    np.savez(path, **arrays)
+
+
+def load(path: Path) -> list[Prompts]:
+    """Read what `save` wrote."""
+    names = [field.name for field in fields(Prompts)]
+    with np.load(path) as arrays:
+        num_groups = len(arrays.files) // len(names)
+        return [Prompts(*(torch.from_numpy(arrays[f"{i}/{name}"]) for name in names)) for i in range(num_groups)]
 
 
 class Side:
@@ -69,21 +77,22 @@ class Side:
 
 
 @torch.no_grad()
-def recall(side: Side, prompts: Prompts, batch_size: int = 16) -> float:
+def recall(side: Side, groups: Sequence[Prompts], batch_size: int = 16) -> float:
     """Return the share of questions whose every answer token is the likeliest one.
 
     A question is fed one token per step over the compressed context, and forgotten before the next one.
     """
     hits = []
-    C = prompts.context.shape[1]
-    for rows in torch.arange(len(prompts.context)).split(batch_size):
-        cache = side.new(C)
-        side.feed(cache, prompts.context[rows])
-        for asked, answer in zip(prompts.questions[rows].unbind(1), prompts.answers[rows].unbind(1)):
-            fed = torch.cat([asked, answer], dim=1)[:, :-1]
-            likeliest = [side.step(cache, token, C + index) for index, token in enumerate(fed.unbind(1))]
-            side.forget(cache, fed.shape[1])
-            hits.append((torch.stack(likeliest[-answer.shape[1] :], dim=1) == answer).all(dim=1).float())
+    for prompts in groups:
+        C = prompts.context.shape[1]
+        for rows in torch.arange(len(prompts.context)).split(batch_size):
+            cache = side.new(C)
+            side.feed(cache, prompts.context[rows])
+            for asked, answer in zip(prompts.questions[rows].unbind(1), prompts.answers[rows].unbind(1)):
+                fed = torch.cat([asked, answer], dim=1)[:, :-1]
+                likeliest = [side.step(cache, token, C + index) for index, token in enumerate(fed.unbind(1))]
+                side.forget(cache, fed.shape[1])
+                hits.append((torch.stack(likeliest[-answer.shape[1] :], dim=1) == answer).all(dim=1).float())
     return torch.cat(hits).mean().item()
 
 
@@ -110,13 +119,13 @@ def prefill_ms(sides: Mapping[str, Side], ids: torch.Tensor, rounds: int) -> dic
 
 
 def measure(
-    sides: Mapping[str, Side], model: Any, prompts: Prompts, timed_tokens: list[int], rounds: int
+    sides: Mapping[str, Side], model: Any, groups: Sequence[Prompts], timed_tokens: list[int], rounds: int
 ) -> dict[str, Any]:
     """Return for every side its bytes, recall and prefill times by prompt length; "full" is transformers' own cache."""
     sides = {"full": Side(model), **sides}
     random = torch.Generator().manual_seed(0)
     found: dict[str, dict[str, Any]] = {
-        label: {"bytes": held_bytes(side, prompts.context[:1]), "recall": recall(side, prompts), "prefill_ms": {}}
+        label: {"bytes": held_bytes(side, groups[0].context[:1]), "recall": recall(side, groups), "prefill_ms": {}}
         for label, side in sides.items()
     }
     for length in timed_tokens:

@@ -14,6 +14,7 @@ from pikv_core.errors import PiKVError
 from pikv_core.observation import LayerRun
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.base import Evictor, Tokens
+from pikv_core.scheduling.batch_rows import batch_rows
 
 if TYPE_CHECKING:
     import torch
@@ -87,13 +88,12 @@ class ExpectedAttention(Evictor):
         layer = tokens.layer
         count, mean, scatter = (layer.own[name] for name in (COUNT, MEAN, SCATTER))
         B, H, D = mean.shape
+        by_group = (B, layer.num_kv_heads, H // layer.num_kv_heads)
+        pair = batch_rows(tokens, B), tokens.head
+        covariance = scatter / count.clamp(min=1)[:, None, None, None]
+        mean, covariance = mean.view(*by_group, D)[pair], covariance.view(*by_group, D, D)[pair]
         identity = torch.eye(D, device=mean.device)[None, :, None].expand(-1, -1, self.future, -1)
         turn = layer.rotary.rotate(identity, torch.arange(self.future, device=mean.device), layer.index).mean(dim=2)
-        turn = layer.rotary.shift(
-            turn[:, None].expand(B, -1, -1, -1), tokens.num_seen[:, None].expand(B, D), layer.index
-        )
-        covariance = scatter / count.clamp(min=1)[:, None, None, None]
-        mean, covariance = mean @ turn[:, 0], turn.transpose(2, 3) @ covariance @ turn
-        by_group = (B, layer.num_kv_heads, H // layer.num_kv_heads)
-        row = torch.arange(B, device=mean.device)[:, None]
-        return mean.view(*by_group, D)[row, tokens.head], covariance.view(*by_group, D, D)[row, tokens.head]
+        turn = turn.expand(len(mean), 1, -1, -1)
+        turn = layer.rotary.shift(turn, tokens.num_seen[:, None].expand(-1, D), layer.index)
+        return mean @ turn, turn.mT[:, None] @ covariance @ turn[:, None]

@@ -140,7 +140,7 @@ def test_a_list_that_outgrows_the_words_repeats_them_all(draw: Any) -> None:
     assert {word for word, _ in ranked[:10]} == set(sample.answers)
     assert ranked[0][1] == ranked[9][1] == 10 * ranked[10][1] > 30
     assert draw.count(sample.prompt) > 11800
-    with pytest.raises(PiKVError, match="30 different words, the task 'cwe' needs 80"):
+    with pytest.raises(PiKVError, match="30 different words, the task 'cwe' needs 160"):
         next(samples(["cwe"], Material([NOISE], "\n", few.keys, few.words[:30]), draw.count, 1, 5000, 0))
 
 

@@ -23,7 +23,6 @@ from pikv_core.files import replacing, sha256, write_json
 from pikv_core.runs import plain
 
 MANIFEST = "manifest.json"
-FORMAT = 1
 COMMANDS = {
     "codec": "pikv compress --calibrate --method {name} --model DIR --save DIR2",
     "policy": "pikv train --recipe recipes/train/duo-gates.yaml",
@@ -42,17 +41,16 @@ class Member:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Corpus:
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Corpus(_Part):
     """The text that it was learned from: tokens, and the SHA-256 of their numbers."""
 
     source: str
     sha256: str
     num_tokens: int
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class LayerShape(_Part):
@@ -64,12 +62,6 @@ class _Model(_Part):
     source: str
     model_type: str
     fingerprint: list[list[float]]
-
-
-class _Corpus(_Part):
-    source: str
-    sha256: str
-    num_tokens: int
 
 
 class _Entry(_Part):
@@ -86,7 +78,7 @@ class Manifest(_Part):
     format: Literal[1]
     model: _Model
     layers: list[LayerShape]
-    corpus: _Corpus
+    corpus: Corpus
     members: dict[str, _Entry]
 
 
@@ -101,27 +93,18 @@ def save(folder: str | Path, source: str, model: nn.Module, corpus: Corpus, memb
         for member in members:
             file = temporary / f"{member.name}.safetensors"
             save_file({name: x.detach().cpu().contiguous() for name, x in member.tensors.items()}, file)
-            entries[member.name] = {
-                "kind": member.kind,
-                "options": plain(dict(member.options)),
-                "file": file.name,
-                "sha256": sha256(file),
-                "notes": plain(dict(member.notes)),
-            }
-        write_json(
-            temporary / MANIFEST,
-            {
-                "format": FORMAT,
-                "model": {
-                    "source": source,
-                    "model_type": config.model_type,
-                    "fingerprint": fingerprint(model),
-                },
-                "layers": [shape.model_dump() for shape in layer_shapes(config)],
-                "corpus": plain(corpus),
-                "members": entries,
-            },
+            options, notes = plain(dict(member.options)), plain(dict(member.notes))
+            entries[member.name] = _Entry(
+                kind=member.kind, options=options, file=file.name, sha256=sha256(file), notes=notes
+            )
+        manifest = Manifest(
+            format=1,
+            model=_Model(source=source, model_type=config.model_type, fingerprint=fingerprint(model)),
+            layers=layer_shapes(config),
+            corpus=corpus,
+            members=entries,
         )
+        write_json(temporary / MANIFEST, manifest.model_dump())
 
 
 def read(folder: str | Path) -> Manifest:
@@ -183,11 +166,13 @@ def check_model(folders: Sequence[str], model: nn.Module) -> None:
     """Raise UsageError where a calibration is of another model, of the same architecture even."""
     found = fingerprint(model)
     for folder in folders:
-        made_of = read(folder).model
-        if not is_same(found, made_of.fingerprint):
+        manifest = read(folder)
+        if not is_same(found, manifest.model.fingerprint):
+            commands = [COMMANDS[member.kind].format(name=name) for name, member in manifest.members.items()]
             raise UsageError(
-                f"{folder}: a calibration of {made_of.source} ({made_of.model_type}); this model has other weights",
-                hint=f"make one of this model: {COMMANDS['codec'].format(name='NAME')}",
+                f"{folder}: a calibration of {manifest.model.source} ({manifest.model.model_type}); "
+                "this model has other weights",
+                hint=f"make one of this model: {'; '.join(commands)}",
             )
 
 
@@ -207,23 +192,24 @@ def _described(layers: Sequence[LayerShape]) -> str:
 
 
 def _tensors(file: Path, expected: str) -> dict[str, torch.Tensor]:
-    damaged = PiKVError(f"{file}: damaged: its contents are not what the manifest says", hint="calibrate again")
     try:
         status = file.stat()
-    except OSError as error:
-        raise damaged from error
-    if _hash(file, status.st_mtime_ns, status.st_size) != expected:
-        raise damaged
-    return _load(file, status.st_mtime_ns, expected)
+        return _load(file, status.st_mtime_ns, status.st_size, expected)
+    except (OSError, _WrongHash) as error:
+        raise PiKVError(
+            f"{file}: damaged or gone: its contents are not what {MANIFEST} says", hint="calibrate again"
+        ) from error
 
 
-@functools.lru_cache(maxsize=16)
-def _hash(file: Path, modified_ns: int, num_bytes: int) -> str:
-    return sha256(file)
+class _WrongHash(Exception):
+    pass
 
 
 @functools.lru_cache(maxsize=4)
-def _load(file: Path, modified_ns: int, expected: str) -> dict[str, torch.Tensor]:
+def _load(file: Path, modified_ns: int, num_bytes: int, expected: str) -> dict[str, torch.Tensor]:
+    """Read a file once for all caches of a sweep; the time and size of the file tell when it is another one."""
     from safetensors.torch import load_file
 
+    if sha256(file) != expected:
+        raise _WrongHash
     return load_file(file)

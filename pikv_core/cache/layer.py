@@ -300,8 +300,9 @@ class CacheLayer(CacheLayerMixin):
             for lane, score in zip(self.lanes, scores):
                 lane.settle(score)
             self._scoring = False
+        whole = self.lanes[0].pairs is None
         capacity = self._split(capacity, scores)
-        if len(scores) != len(self.lanes):
+        if whole:
             scores = [lane.of_heads(scores[0]) for lane in self.lanes]
         for lane, score in zip(self.lanes, scores):
             own = lane.of_heads(capacity)

@@ -6,7 +6,8 @@ from typing import Any
 
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.scheduling import POLICIES
-from pikv_core.scheduling.base import Selector
+from pikv_core.scheduling.allocation import ALLOCATIONS
+from pikv_core.scheduling.base import Evictor, Selector
 from pikv_core.schema import CacheRecipe
 
 
@@ -42,9 +43,20 @@ def windows(config: Any) -> list[int | None]:
 
 def check_recipe(recipe: CacheRecipe) -> None:
     """Raise UsageError for parts of a recipe that do not go together."""
-    name = recipe.policy.name
-    if not issubclass(POLICIES[name], Selector):
+    name, policy = recipe.policy.name, POLICIES[recipe.policy.name]
+    allocation = ALLOCATIONS[recipe.allocation.name]
+    if issubclass(policy, Evictor) and policy.capacity is not Evictor.capacity and recipe.allocation.name != "uniform":
+        raise UsageError(
+            f"policy '{name}' spreads the budget itself, so allocation '{recipe.allocation.name}' does not go with it",
+            hint="leave out the allocation",
+        )
+    if not issubclass(policy, Selector):
         return
+    if allocation.splits_heads or allocation.compares_layers:
+        raise UsageError(
+            f"policy '{name}' drops nothing, and allocation '{recipe.allocation.name}' goes by what is dropped",
+            hint="choose uniform or pyramid, or a policy that drops tokens",
+        )
     if isinstance(recipe.budget, str):
         raise UsageError(
             f"policy '{name}' drops nothing, so a budget of {recipe.budget} in bytes means nothing",

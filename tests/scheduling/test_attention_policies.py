@@ -159,3 +159,15 @@ def test_snapkv_votes_anew_at_every_prompt():
     expected = world.attention[:, :, :, -6:].mean(2).sum(2).float()
     torch.testing.assert_close(votes, expected)
     assert math.isclose(votes.sum().item(), 2 * 6, rel_tol=1e-5)
+
+
+def test_snapkv_counts_nothing_of_a_slot_that_was_emptied():
+    world = World(padding=(0,), steps=(30,))
+    (run, *_) = world.layer_runs()
+    policy = SnapKV(window=5, kernel=3)
+    votes = show(policy, world, run)["votes"]
+    tokens = make_tokens(world, run, {"votes": votes})
+    tokens.position[:, :, 7] = -1
+    left = torch.tensor([s for s in range(30) if s != 7])
+    without = make_tokens(world, run, {"votes": votes[:, :, left]}, slots=left)
+    torch.testing.assert_close(policy.score(tokens)[:, :, left], policy.score(without))

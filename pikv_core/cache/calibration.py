@@ -84,7 +84,7 @@ class Manifest(_Part):
 
 def save(folder: str | Path, source: str, model: nn.Module, corpus: Corpus, members: Sequence[Member]) -> None:
     """Write a calibration of `model`, which was loaded from `source`, as a whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors import torch as safetensors
 
     config: Any = model.config
     with replacing(folder) as temporary:
@@ -92,7 +92,8 @@ def save(folder: str | Path, source: str, model: nn.Module, corpus: Corpus, memb
         entries = {}
         for member in members:
             file = temporary / f"{member.name}.safetensors"
-            save_file({name: x.detach().cpu().contiguous() for name, x in member.tensors.items()}, file)
+            tensors = {name: x.detach().cpu().contiguous() for name, x in member.tensors.items()}
+            file.write_bytes(safetensors.save(tensors))
             options, notes = plain(dict(member.options)), plain(dict(member.notes))
             entries[member.name] = _Entry(
                 kind=member.kind, options=options, file=file.name, sha256=sha256(file), notes=notes

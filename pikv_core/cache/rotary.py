@@ -6,6 +6,7 @@ Shapes: B batch, G heads, S tokens, D head dim, P rotated channels of a head (th
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import sys
 import textwrap
@@ -32,7 +33,7 @@ class Rotary:
         self.config = config
         self.by_layer_type = "layer_type" in inspect.signature(embedding.forward).parameters
         self.apply = getattr(sys.modules[type(attention).__module__], ROTATION)
-        self.is_conditional = _calls_conditionally(type(attention).forward, ROTATION)
+        self.is_conditional = any(_calls(type(attention).forward, ROTATION))
 
     @classmethod
     def of(cls, model: Any) -> Rotary | None:
@@ -98,16 +99,13 @@ class Rotary:
 
 
 def _is_rotary_attention(module: nn.Module) -> bool:
-    return (
-        hasattr(module, "layer_idx")
-        and hasattr(sys.modules[type(module).__module__], ROTATION)
-        and ROTATION in inspect.getsource(type(module).forward)
-    )
+    return hasattr(module, "layer_idx") and bool(_calls(type(module).forward, ROTATION))
 
 
-def _calls_conditionally(function: Any, name: str) -> bool:
-    """Return whether every call of `name` in a function's source stands below an `if`."""
+@functools.cache
+def _calls(function: Any, name: str) -> list[bool]:
+    """Return, for each call of `name` in a function's source, whether it stands below an `if`."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     below = {id(node) for branch in ast.walk(tree) if isinstance(branch, ast.If) for node in ast.walk(branch)}
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == name]
-    return all(id(call) in below for call in calls)
+    return [id(call) in below for call in calls]

@@ -98,15 +98,19 @@ class Switch(Evictor):
             self._state(rows.layer).is_new_step = True
 
     def score(self, tokens: Tokens) -> torch.Tensor:
+        import torch
+
         state = self._state(tokens.layer)
         if state.is_new_step:
             self._choose(state, tokens)
             state.kept, state.total, state.is_new_step = dict.fromkeys(self.policies, 0.0), 0.0, False
         scores = {name: self._candidate_score(name, tokens) for name in self.policies}
         newest = tokens.columns[NEWEST].masked_fill(tokens.position < 0, 0.0)
-        state.total += float(newest.sum())
-        for name, score in scores.items():
-            state.kept[name] += float(_kept(newest, score, tokens.capacity))
+        kept = [_kept(newest, score, tokens.capacity) for score in scores.values()]
+        total, *mass = torch.stack([newest.sum(), *kept]).tolist()
+        state.total += total
+        for name, more in zip(scores, mass):
+            state.kept[name] += more
         return scores[state.choice]
 
     def _state(self, layer: LayerRun) -> State:

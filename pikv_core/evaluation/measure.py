@@ -25,14 +25,14 @@ def measure(loaded: LoadedModel, cell: Cell, work: Workload) -> Row:
     found: dict[str, Any] = {}
 
     def new_cache() -> PiKVCache:
-        return PiKVCache.for_model(model, recipe)
+        return loaded.new_cache(recipe)
 
     if work.prompts is not None:
         recall = measure_recall(model, new_cache, work.prompts, work.question, work.batch_size)
         found |= {"recall": recall.share, "recall_interval": recall.interval}
         found |= {"recall_by_depth": recall.by_depth, "recall_by_needles": recall.by_needles}
     if work.tasks & {"perplexity", "agreement"}:
-        found |= _beside_the_full_cache(model, recipe, work)
+        found |= _beside_the_full_cache(loaded, recipe, work)
         if work.answers_alone:
             found["perplexity"] = recall.answer_perplexity if "perplexity" in work.tasks else None
         _check_finite(found, cell, loaded)
@@ -61,16 +61,16 @@ def measure(loaded: LoadedModel, cell: Cell, work: Workload) -> Row:
     )
 
 
-def _beside_the_full_cache(model: Any, recipe: CacheRecipe, work: Workload) -> dict[str, Any]:
+def _beside_the_full_cache(loaded: LoadedModel, recipe: CacheRecipe, work: Workload) -> dict[str, Any]:
     """Feed the continuations, each layer beside a full one and the model beside one with a full cache."""
-    errors = AttentionError(model.config)
+    errors = AttentionError(loaded.model.config)
     text = measure_continuation(
-        model,
-        lambda: errors.watch(PiKVCache.for_model(model, recipe)),
+        loaded.model,
+        lambda: errors.watch(loaded.new_cache(recipe)),
         work.windows,
         work.context_tokens,
         work.batch_size,
-        (lambda: PiKVCache.for_model(model, CacheRecipe())) if "agreement" in work.tasks else None,
+        (lambda: loaded.new_cache(CacheRecipe())) if "agreement" in work.tasks else None,
     )
     error, mass = errors.error_by_layer, errors.mass_by_layer
     return {

@@ -59,12 +59,13 @@ def read_text(
     """Return text as one stream of the model's tokens, and its source.
 
     The user's files, all of them; else what the model's folder holds out; else the embedded corpus's held-out part.
-    None where the embedded corpus is foreign to the tokenizer (a model of drawn words); files of the user's that are
-    raise PiKVError.
+    None where that is foreign to the model (one of drawn words); files of the user's that are raise PiKVError.
     """
     folder = loaded.folder
     if not paths and folder is not None and (held := corpus.held_out(folder)) is not None:
         return held.astype(np.int64), "the model's held-out text"
+    if not paths and folder is not None and has_recall(folder):
+        return None  # trained on drawn words: it holds no text out
     if paths:
         documents, source = text_files.read(paths, column), ", ".join(paths)
     else:

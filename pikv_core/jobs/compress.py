@@ -78,6 +78,8 @@ def run(recipe: CompressRecipe, run: Run) -> CompressResult | None:
     left = [cell for cell in cells if cell.key not in finished]
     if run.resumed:
         run.reporter.status(f"going on after {len(cells) - len(left)} of {len(cells)} cells")
+    if ranks.count > 1:
+        run.reporter.status(f"{ranks.count} ranks share the cells; each time is measured beside the others' work")
     ranks.tell("plan", json.dumps({"folder": str(run.folder.absolute()), "left": [cell.key for cell in left]}))
     logged: set[str] = set()
     try:
@@ -94,7 +96,7 @@ def run(recipe: CompressRecipe, run: Run) -> CompressResult | None:
     entries = ledger.read()
     for key in entries.keys() - logged - finished.keys():
         _log(run, entries[key], cells)
-    return _finish(recipe, run, cells, ledger, loaded, work)
+    return _finish(recipe, run, cells, ledger, loaded, work, ranks.count)
 
 
 def _check(cells: Sequence[Cell], loaded: LoadedModel) -> None:
@@ -114,7 +116,13 @@ def _check(cells: Sequence[Cell], loaded: LoadedModel) -> None:
 
 
 def _finish(
-    recipe: CompressRecipe, run: Run, cells: Sequence[Cell], ledger: Ledger, loaded: LoadedModel, work: Workload
+    recipe: CompressRecipe,
+    run: Run,
+    cells: Sequence[Cell],
+    ledger: Ledger,
+    loaded: LoadedModel,
+    work: Workload,
+    num_ranks: int,
 ) -> CompressResult:
     """Gather what all ranks found, draw it, and look for the target."""
     from pikv_core.evaluation.layers import draw_layers, drawn
@@ -143,7 +151,7 @@ def _finish(
         target=recipe.target,
         cheapest=Target.parse(recipe.target).cheapest(results) if recipe.target is not None else None,
     )
-    run.finish(result, {"attention": loaded.backend})
+    run.finish(result, {"attention": loaded.backend, "ranks": str(num_ranks)})
     return result
 
 

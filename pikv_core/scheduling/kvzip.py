@@ -33,7 +33,7 @@ class KVzip(Evictor):
     def observe(self, columns: Mapping[str, torch.Tensor], rows: Rows) -> None:
         import torch
 
-        torch.maximum(columns["peak"], rows.probs.amax(dim=(2, 3)), out=columns["peak"])
+        torch.maximum(columns["peak"], rows.probs.flatten(2, 3).amax(dim=2), out=columns["peak"])
 
     def score(self, tokens: Tokens) -> torch.Tensor:
         return tokens.columns["peak"]

@@ -37,7 +37,7 @@ class Levels(Codec):
     num_levels: Annotated[int, Field(ge=1, le=8)] = 3
     decay: Annotated[float, Field(gt=0, le=1)] = 0.8
     compression_ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
-    residual: Annotated[int, Field(ge=0)] = 64
+    residual: Annotated[int, Field(ge=0)] = 32
 
     @property
     def unit_tokens(self) -> int:

@@ -58,7 +58,8 @@ def _check(resume: Path, shared: options.Shared, conditions: dict[str, Any]) -> 
             hint="give the run folder, such as runs/compress-1",
         )
     conditions = {**conditions, "seed": shared.seed, "dtype": shared.dtype, "device": shared.device}
-    given = [f"--{name.rstrip('s')}" for name, value in conditions.items() if value not in (None, [])]
+    flags = {"methods": "method", "budgets": "budget", "allocations": "allocation"}
+    given = [f"--{flags.get(name, name)}" for name, value in conditions.items() if value not in (None, [])]
     if given:
         raise UsageError(
             f"--resume takes the run's own recipe, so {', '.join(given)} cannot change it",

@@ -6,7 +6,7 @@ Shapes: N prompts, G key/value heads, K kept tokens, C context tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -37,6 +37,10 @@ class Agreement:
     def num_other(self) -> int:
         """Tokens of theirs that ours dropped and no tie explains."""
         return self.num_kept - self.num_shared - self.num_ties
+
+    def summary(self) -> dict[str, float]:
+        """Return the counts and what follows from them, as JSON values."""
+        return asdict(self) | {"share": self.share, "num_other": self.num_other}
 
 
 def compare(heads: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Agreement:

@@ -117,26 +117,31 @@ def main() -> None:
     own = measure(sides, loaded.model, groups, arguments.timed, arguments.rounds)
     compared = [group.context[: arguments.compared] for group in groups]
     agreements = {label: _agreement(label, side, compared, positions) for label, side in sides.items()}
-    setting = {
-        "model": _describe(loaded),
-        "num_queries": sum(group.answers[..., 0].numel() for group in groups),
-        "context_tokens": sorted({group.context.shape[1] for group in groups}),
-        "num_compared_prompts": sum(len(ids) for ids in compared),
-        "rounds": arguments.rounds,
-        "tie": TIE,
-        "dtype": "float32",
-        "threads": 1,
-        "methods": {name: asdict(method) for name, method in METHODS.items()},
+    found = {
+        "machine": machine(),
+        "commit": commit(),
+        "pikv": versions(),
+        "kvpress": peer["versions"],
+        "setting": {
+            "model": _describe(loaded),
+            "num_queries": sum(group.answers[..., 0].numel() for group in groups),
+            "context_tokens": sorted({group.context.shape[1] for group in groups}),
+            "num_compared_prompts": sum(len(ids) for ids in compared),
+            "tie": TIE,
+            "timed_tokens": arguments.timed,
+            "rounds": arguments.rounds,
+            "dtype": "float32",
+            "threads": 1,
+            "methods": {name: asdict(method) for name, method in METHODS.items()},
+        },
+        "full": {"kvpress": peer["measured"]["full"], "pikv": own["full"]},
+        "results": {
+            label: {"agreement": agreement.summary(), "kvpress": peer["measured"][label], "pikv": own[label]}
+            for label, agreement in agreements.items()
+        },
     }
-    ran_on = {"machine": machine(), "commit": commit(), "pikv": versions(), "kvpress": peer["versions"]}
-    rows = {
-        label: {"agreement": asdict(agreement) | {"share": agreement.share}, "pikv": own[label], "kvpress": theirs}
-        for label, agreement in agreements.items()
-        for theirs in [peer["measured"][label]]
-    }
-    full = {"pikv": own["full"], "kvpress": peer["measured"]["full"]}
-    write_json(arguments.out / "kvpress.json", {**ran_on, "setting": setting, "full": full, "results": rows})
-    shown = table(setting, ran_on, full, rows, agreements, arguments.timed)
+    shown = table(found)
+    write_json(arguments.out / "kvpress.json", found)
     write_text(arguments.out / "kvpress.md", shown)
     print(shown)
 

@@ -157,7 +157,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=1024, help="tokens of a prompt with its questions")
     parser.add_argument("--queries", type=int, default=2000)
     parser.add_argument("--compared", type=int, default=4, help="prompts of each layout whose kept tokens are compared")
-    parser.add_argument("--timed", type=numbers(int), default=[1024, 4096], help="prompt lengths that are timed")
+    parser.add_argument(
+        "--timed", type=numbers(int), default=[1024, 4096], help="prompt lengths that are timed, above the window of 64"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="prefills that a median is taken of")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     return parser.parse_args()

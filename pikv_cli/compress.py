@@ -68,11 +68,12 @@ def _check(resume: Path, shared: options.Shared, conditions: dict[str, Any]) -> 
 
 
 def _show(result: Any, folder: Path) -> None:
-    from pikv_core.jobs.compress import CompressResult
-
-    if not isinstance(result, CompressResult):
-        for name, value in output.plain(result).items():
-            typer.echo(f"{name}: {value}")
+    if hasattr(result, "saved"):
+        output.print_table(
+            f"{result.saved}: fitted to {result.model} on {result.num_tokens:,} tokens of {result.corpus}",
+            ["codec", "bytes_share", "output_error"],
+            result.results,
+        )
         return
     rows = [
         {**row, "share": row["resident_bytes"] / row["full_bytes"], "±": row["recall_interval"]}

@@ -8,10 +8,20 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from pikv_core.components import Component, MemberOf, NameIn
+from pikv_core.errors import closest
 
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB|KB|MB|GB|TB|B)")
 _UNITS = {
@@ -173,11 +183,59 @@ class TrainSettings(Section):
     eval_lengths: Annotated[list[Positive], Field(min_length=1)] = [512, 1024]
 
 
+class DuoGateSettings(Section):
+    """How DuoAttention's gates are learned from a trained model (arXiv 2410.10819); lengths in tokens."""
+
+    sinks: Annotated[int, Field(ge=0)] = 64  # first tokens that a streaming head sees
+    recent: Positive = 256  # newest tokens that it sees
+    length: Positive = 1024  # of a sample
+    steps: Positive = 200
+    batch_tokens: Positive = 4096
+    lr: Annotated[float, Field(gt=0)] = 0.02
+    l1: Annotated[float, Field(ge=0)] = 0.05  # weight of the mean gate, against the change of the hidden states
+    text: list[str] = []  # around the needles, in place of the embedded corpus
+    column: str | None = None
+    log_every: Positive = 10
+    eval_samples: Positive = 64
+
+    @model_validator(mode="after")
+    def _hides_something(self) -> DuoGateSettings:
+        if self.length <= self.sinks + self.recent:
+            text = f"length must exceed sinks + recent, {self.sinks + self.recent}: else nothing is out of sight"
+            raise PydanticCustomError("sizes", "{text}", {"text": text})
+        return self
+
+
 class TrainRecipe(Recipe):
+    """A model to train from scratch, or head gates to learn: then `start` names the model that has them."""
+
     verb: Literal["train"] = "train"
     model: ModelRecipe = ModelRecipe()
     data: DataRecipe = DataRecipe()
     train: TrainSettings = TrainSettings()
+    start: str | None = None  # a trained model's folder, its run folder, or a hub id
+    duo_gates: DuoGateSettings | None = None
+
+    @property
+    def job(self) -> str:
+        return "train" if self.duo_gates is None else "duo_gates"
+
+    @model_serializer(mode="wrap")
+    def _only_what_counts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree = handler(self)
+        unused = ("start", "duo_gates") if self.duo_gates is None else ("model", "data", "train")
+        return {name: value for name, value in tree.items() if name not in unused}
+
+    @model_validator(mode="after")
+    def _gates_or_a_model(self) -> TrainRecipe:
+        if (self.start is None) != (self.duo_gates is None):
+            text = "start and duo_gates go together: gates are learned from the trained model that start names"
+            raise PydanticCustomError("sizes", "{text}", {"text": text})
+        given = [name for name in ("model", "data", "train") if name in self.model_fields_set]
+        if self.duo_gates is not None and given:
+            text = f"{', '.join(given)}: nothing of the model itself is trained with duo_gates; drop it"
+            raise PydanticCustomError("sizes", "{text}", {"text": text})
+        return self
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> TrainRecipe:
@@ -219,8 +277,18 @@ def _target(text: str) -> str:
     return text
 
 
+def _ruler_task(name: str) -> str:
+    from pikv_core.data.ruler_tasks import DRAFTS
+
+    if name not in DRAFTS:
+        text = f"unknown task of RULER '{name}'{closest(name, DRAFTS)}; one of: {', '.join(DRAFTS)}"
+        raise PydanticCustomError("component", "{text}", {"text": text})
+    return name
+
+
 MethodSpec = Annotated[MethodRecipe, BeforeValidator(_method)]
 TargetSpec = Annotated[str, AfterValidator(_target)]
+RulerTask = Annotated[str, AfterValidator(_ruler_task)]
 Measurement = Literal["recall", "perplexity", "agreement", "ruler"]
 
 
@@ -247,6 +315,7 @@ class CompressRecipe(Recipe):
     num_texts: Positive = 16  # continuations scored for perplexity and agreement
     continuation_tokens: Positive = 64  # fed one by one after each context
     ruler_samples: Positive = 25  # of each of RULER's tasks
+    ruler_tasks: list[RulerTask] = []  # by default all
     batch_size: Positive = 16
 
     @property

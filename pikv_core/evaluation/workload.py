@@ -76,6 +76,7 @@ def _ruler(recipe: CompressRecipe, loaded: LoadedModel, reporter: Reporter) -> R
     from pikv_core.data.ruler_tasks import DRAFTS
     from pikv_core.evaluation.ruler import ruler_samples
 
-    samples = ruler_samples(loaded.tokenizer, list(DRAFTS), recipe.ruler_samples, recipe.context_tokens, recipe.seed)
+    tasks = recipe.ruler_tasks or list(DRAFTS)
+    samples = ruler_samples(loaded.tokenizer, tasks, recipe.ruler_samples, recipe.context_tokens, recipe.seed)
     loaded.check_length(samples.num_tokens, reporter)
     return samples

@@ -29,7 +29,7 @@ class TrainedLowRank(CalibratedCodec):
     alpha: Annotated[float, Field(gt=0)] = 1.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     steps: Annotated[int, Field(ge=1)] = 200
-    lr: Annotated[float, Field(gt=0)] = 0.02
+    lr: Annotated[float, Field(gt=0)] = 0.03
 
     def codes(self) -> Codec:
         """Return the codec of the numbers themselves."""

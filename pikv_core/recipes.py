@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -161,6 +162,8 @@ def _keys_at(schema: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
         annotation = schema.model_fields[str(part)].annotation
         if get_origin(annotation) is list:
             annotation = getattr(get_args(annotation)[0], "__origin__", None)
+        elif get_origin(annotation) is UnionType:
+            annotation = get_args(annotation)[0]
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         schema = annotation

@@ -24,7 +24,7 @@ RUNS = Path("runs")
 
 def rank() -> int:
     """Return which of the processes that torchrun started this is, 0 for one alone; 0 writes and reports."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 class Reporter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pikv_core.evaluation.pareto import style
+from pikv_core.evaluation.pareto import LEGEND_WIDTH, legend_columns, style
 from pikv_core.evaluation.row import Row
 from pikv_core.files import replacing
 
@@ -27,22 +27,24 @@ def draw_layers(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    methods = list(dict.fromkeys(row.method for row in rows))  # with the full cache, so that colours are the frontier's
     rows = drawn(rows)
-    methods = list(dict.fromkeys(row.method for row in rows))
     budgets = list(dict.fromkeys(row.budget for row in rows))
-    width = 4 * len(budgets) + 2.5
-    figure, axes = pyplot.subplots(2, len(budgets), figsize=(width, 6.4), layout="constrained", squeeze=False)
+    columns = legend_columns(len(methods), 33)
+    size = (4 * len(budgets) + LEGEND_WIDTH * columns, 6.4)
+    figure, axes = pyplot.subplots(2, len(budgets), figsize=size, layout="constrained", squeeze=False)
     for line, (name, title) in enumerate(PANELS.items()):
         for axis, budget in zip(axes[line], budgets):
             for row in rows:
                 if row.budget == budget:
                     axis.plot(getattr(row, name), lw=1, label=row.method, **style(methods.index(row.method)))
             axis.set_title(f"{title}, budget {budget}", fontsize=9)
+            axis.set_ylim(*((0, None) if name == "attention_error_by_layer" else (None, 1.02)))
             axis.set_xlabel("layer")
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)
     handles = {name: line for axis in axes[0] for line, name in zip(*axis.get_legend_handles_labels())}
-    figure.legend(list(handles.values()), list(handles), loc="outside right upper", fontsize=8)
+    figure.legend(list(handles.values()), list(handles), loc="outside right upper", fontsize=8, ncols=columns)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=140, format="png")
     pyplot.close(figure)

@@ -11,6 +11,7 @@ from pikv_core.evaluation.target import SMALLER_IS_BETTER
 from pikv_core.files import replacing
 
 MARKS = "os^vDP<>X"
+LEGEND_WIDTH = 2.4  # inches a column
 
 
 def frontier(points: Sequence[tuple[float, float]], better: Callable[[float, float], bool]) -> list[int]:
@@ -33,13 +34,14 @@ def draw(rows: Sequence[Row], perplexity_of: str, path: Path) -> None:
     from matplotlib import pyplot
 
     qualities = [name for name in SMALLER_IS_BETTER if any(getattr(row, name) is not None for row in rows)]
-    panels = max(1, len(qualities))
-    figure, axes = pyplot.subplots(1, panels, figsize=(5 * panels + 2.5, 4.4), layout="constrained", squeeze=False)
+    panels, columns = max(1, len(qualities)), legend_columns(len({row.method for row in rows}), 22)
+    size = (5 * panels + LEGEND_WIDTH * columns, 4.4)
+    figure, axes = pyplot.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], qualities):
         _panel(axis, rows, name)
         axis.set_title(f"perplexity of {perplexity_of}" if name == "perplexity" else name, fontsize=10)
     lines, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside right upper", fontsize=8)
+    figure.legend(lines, labels, loc="outside right upper", fontsize=8, ncols=columns)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=140, format="png")
     pyplot.close(figure)
@@ -48,6 +50,11 @@ def draw(rows: Sequence[Row], perplexity_of: str, path: Path) -> None:
 def style(index: int) -> dict[str, Any]:
     """Return colour and mark of the method of that number; they repeat after 90."""
     return {"color": f"C{index % 10}", "marker": MARKS[index % len(MARKS)], "markersize": 4.5}
+
+
+def legend_columns(num_methods: int, num_lines: int) -> int:
+    """Return how many columns a legend takes in a picture as high as `num_lines` of it."""
+    return 1 + num_methods // num_lines
 
 
 def _panel(axis: Any, rows: Sequence[Row], name: str) -> None:

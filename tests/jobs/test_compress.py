@@ -11,6 +11,7 @@ import torch
 import transformers
 from small_models import CONFIGS
 
+from pikv_core.data import stdlib_text, tokenizer
 from pikv_core.data.recall import Recall
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.evaluation import measure as measuring
@@ -69,6 +70,26 @@ def test_only_the_tasks_that_are_asked_for_are_measured(model_folder, tmp_path):
     assert row["recall"] is not None and row["resident_bytes"] > 0
     assert all(row[name] is None for name in ("perplexity", "agreement", "agreement_kl", "attention_error", "ruler"))
     assert not (tmp_path / "out" / "layers.png").exists()
+
+
+def test_a_model_of_text_is_measured_on_the_users_text_and_on_ruler(tmp_path, monkeypatch):
+    english = stdlib_text.read()[:400]
+    monkeypatch.setattr(stdlib_text, "read", lambda: english)
+    trained = tokenizer.train_bpe(english, 600)
+    tokenizer.save(trained, tmp_path / "model")
+    config = CONFIGS["llama"]()
+    config.vocab_size = trained.get_vocab_size()
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "notes.txt").write_text("\n".join(english[-40:]))
+    keys = {"tasks": ["perplexity", "ruler"], "ruler_tasks": ["vt"], "ruler_samples": 2, "context_tokens": 400}
+    keys |= {"text": [str(tmp_path / "notes.txt")], "methods": ["snapkv", "int4"], "continuation_tokens": 8}
+    asked = recipe(tmp_path / "model", tmp_path / "out", **{**keys, "model": str(tmp_path / "model")})
+    result = compress.run(asked, Run(asked))
+    assert result.perplexity_of == str(tmp_path / "notes.txt") and result.recall_of is None
+    for row in result.results:
+        assert set(row["ruler_by_task"]) == {"vt"} and 0 <= row["ruler"] <= 1 and row["ruler_interval"] > 0
+        assert row["perplexity"] > 1 and row["attention_error"] is not None
+        assert row["recall"] is row["agreement"] is None
 
 
 def test_what_is_refused_is_skipped_unless_it_is_all_there_is(model_folder, tmp_path):

@@ -21,8 +21,9 @@ class LayerRun:
     """One layer of one run: its place, what the model tells of it, and what members remember from step to step.
 
     own: memory of this layer, shared: of all layers of the cache (keys by member, such as "fastv"); both live as long
-    as the cache's tokens. rotary: the model's rotary embedding, None before `cache.attach(model)` or where it has
-    none. fitted: tensors of the policy's calibration, for all layers. events: what is worth a line in the report.
+    as the cache's tokens, and the first dimension of a tensor in them is the batch. rotary: the model's rotary
+    embedding, None before `cache.attach(model)` or where it has none. fitted: tensors of the policy's calibration, for
+    all layers. events: what is worth a line in the report.
     """
 
     index: int
@@ -34,6 +35,12 @@ class LayerRun:
     shared: dict[str, Any] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
 
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Reorder, repeat or drop rows of the batch in what is remembered."""
+        self.own.update(_select(self.own, rows))
+        if self.index == 0:
+            self.shared.update(_select(self.shared, rows))
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -41,8 +48,8 @@ class Rows:
 
     probs [B,G,R,N,S] float32: softmax over everything stored, 0 where a query does not see and for padding queries.
     query_position [B,N] and position [B,G,S]: true positions, -1 for padding and empty slots. num_visible [B,G,N]:
-    stored tokens that the query sees in all stores. is_first, is_last: whether these are the first, the last observed
-    queries of the step.
+    stored tokens that the query sees in all stores. is_first: whether these are the first observed queries of the
+    step. num_after: queries of the step that come after these.
     """
 
     probs: torch.Tensor
@@ -50,8 +57,30 @@ class Rows:
     position: torch.Tensor
     num_visible: torch.Tensor
     is_first: bool
-    is_last: bool
+    num_after: int
     layer: LayerRun
+
+    @property
+    def is_last(self) -> bool:
+        return self.num_after == 0
+
+    def newest(self, num_queries: int) -> Rows | None:
+        """Return the part that is among the newest `num_queries` of the step, as if they alone were observed."""
+        num_left = self.probs.shape[3] + self.num_after
+        skip = num_left - num_queries
+        if skip >= self.probs.shape[3]:
+            return None
+        if skip < 0:
+            return self
+        return Rows(
+            self.probs[:, :, :, skip:],
+            self.query_position[:, skip:],
+            self.position,
+            self.num_visible[:, :, skip:],
+            is_first=True,
+            num_after=self.num_after,
+            layer=self.layer,
+        )
 
 
 class Observer:
@@ -70,3 +99,9 @@ class Observer:
     def observe(self, columns: Mapping[str, torch.Tensor], rows: Rows) -> None:
         """Update the columns [B,G,S] in place; called with a chunk of queries at a time, store by store."""
         raise NotImplementedError(f"{type(self).__name__} declares what it observes but does not observe it")
+
+
+def _select(memory: Any, rows: torch.Tensor) -> Any:
+    if isinstance(memory, dict):
+        return {key: _select(value, rows) for key, value in memory.items()}
+    return memory[rows.to(memory.device)] if hasattr(memory, "device") else memory

@@ -37,10 +37,12 @@ def partial_attention(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if visible is not None:
-        logits = logits.masked_fill(~visible, -torch.inf)
-    lse = torch.logsumexp(logits, dim=-1)
-    shift = lse.masked_fill(lse == -torch.inf, 0.0) if visible is not None else lse
-    probs = torch.exp(logits - shift[..., None])
+        logits.masked_fill_(~visible, -torch.inf)
+    highest = logits.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
+    probs = logits.sub_(highest).exp_()
+    total = probs.sum(dim=-1, keepdim=True)
+    lse = (highest + total.log())[..., 0]
+    probs.div_(total.clamp(min=torch.finfo(torch.float32).tiny))
     return Partial(torch.matmul(probs.to(values.dtype), values), lse, probs if with_probs else None)
 
 

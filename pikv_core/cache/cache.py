@@ -47,7 +47,7 @@ class PiKVCache(Cache):
         self._codec_tensors = _tensors("codec", recipe.codec, self._asked_codec.calibrated, recipe, config)
         self._codecs: list[Codec] | None = None
         policy_tensors = _tensors("policy", recipe.policy, policy.calibrated, recipe, config)
-        self._num_columns = _num_columns(policy, self._asked_codec)
+        self._num_columns = _num_columns(policy)
         self._compares_layers = allocation.compares_layers and isinstance(policy, Evictor)
         self._layer_bytes = [0] * len(per_layer)
         self._total_bytes = self.peak_bytes = 0
@@ -231,9 +231,8 @@ def _tensors(
     return calibration.fitted(recipe.calibration, kind, component, config)
 
 
-def _num_columns(policy: Policy, codec: Codec) -> int:
+def _num_columns(policy: Policy) -> int:
     """Count the float32 statistics that stay with each token."""
-    own = 0
-    if isinstance(policy, Evictor):
-        own = 1 if policy.decides_once else len(policy.columns)
-    return own + len(codec.columns)
+    if not isinstance(policy, Evictor):
+        return 0
+    return 1 if policy.decides_once else len(policy.columns)

@@ -52,9 +52,9 @@ class LayerPlan:
         return self.evictor is not None and self.evictor.decides_once
 
     def columns(self, scoring: bool) -> tuple[str, ...]:
-        """Name the statistics of stored tokens; `scoring` while a score that is taken once is still to come."""
+        """Name the evictor's statistics of stored tokens; `scoring` while a score taken once is still to come."""
         own = self.evictor.columns if self.evictor and (scoring or not self.decides_once) else ()
-        return (*own, *((SCORE,) if self.decides_once else ()), *self.codec.columns)
+        return (*own, *((SCORE,) if self.decides_once else ()))
 
 
 class Lane:
@@ -67,7 +67,8 @@ class Lane:
         self.plan, self.pairs, self.head = plan, pairs, head
         codec = plan.codec if pairs is None else plan.codec.for_heads(head)
         columns, page = plan.columns(scoring=True), plan.page
-        self.tail = Store(Plain(), columns, page if isinstance(codec, Plain) else 8)
+        # What a codec goes by is of use until it encodes: in the tail alone.
+        self.tail = Store(Plain(), (*columns, *codec.columns), page if isinstance(codec, Plain) else 8)
         self.body = None if isinstance(codec, Plain) else Store(codec, columns, page)
         self.bounds = PageBounds(page) if plan.selector is not None else None
         self.has_empty = False
@@ -89,6 +90,11 @@ class Lane:
         held = self.tail.nbytes + (self.body.nbytes if self.body is not None else 0)
         return held + (self.bounds.nbytes if self.bounds is not None else 0)
 
+    @property
+    def row(self) -> torch.Tensor:
+        """The batch's row [B] of each row of this lane."""
+        return torch.arange(len(self.head)) if self.pairs is None else self.pairs // self.plan.run.num_kv_heads
+
     def of_heads(self, x: torch.Tensor) -> torch.Tensor:
         """Return this lane's part [B,G·n,...] of a layer's tensor [rows, heads·n, ...], or of [rows, heads]."""
         if self.pairs is None:
@@ -101,7 +107,7 @@ class Lane:
         """Return this lane's part [B,...] of a tensor with one entry per row of the batch."""
         if self.pairs is None:
             return x
-        return x.index_select(0, (self.pairs // self.plan.run.num_kv_heads).to(x.device))
+        return x.index_select(0, self.row.to(x.device))
 
     def contents(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return keys, values [B,G,S,D], decoded, and positions [B,G,S]."""
@@ -184,24 +190,22 @@ class Lane:
         num_visible: torch.Tensor,
     ) -> None:
         """Show each watcher those queries of a chunk that are among the newest it observes."""
-        for watcher in watchers:
-            first = max(0, num_new - watcher.observes)
-            skip = max(0, first - new.start)
-            if new.start + skip >= new.stop:
-                continue
-            for store, rows in zip(self.stores, probs):
-                S = rows.shape[-1]
-                seen = Rows(
-                    rows[:, :, :, skip:],
-                    position[:, new.start + skip : new.stop],
-                    store.position[:, :, :S],
-                    num_visible[:, :, skip:],
-                    is_first=new.start + skip == first,
-                    is_last=new.stop == num_new,
-                    layer=self.plan.run,
-                )
-                columns = store.columns()
-                watcher.observe({name: columns[name][:, :, :S] for name in watcher.columns if name in columns}, seen)
+        for store, x in zip(self.stores, probs):
+            S = x.shape[-1]
+            held = {name: column[:, :, :S] for name, column in store.columns().items()}
+            rows = Rows(
+                x,
+                position[:, new],
+                store.position[:, :, :S],
+                num_visible,
+                is_first=new.start == 0,
+                num_after=num_new - new.stop,
+                layer=self.plan.run,
+            )
+            for watcher in watchers:
+                seen = rows.newest(watcher.observes)
+                if seen is not None and held.keys() >= {*watcher.columns}:
+                    watcher.observe({name: held[name] for name in watcher.columns}, seen)
 
     def _visible(self, store: Store, position: torch.Tensor) -> torch.Tensor:
         """Return bool [B,1|G,T,S]: which slots the queries at `position` [B,T] may see."""
@@ -257,6 +261,7 @@ class Lane:
                 seen,
                 capacity.to(position.device),
                 self.head.to(position.device),
+                self.row.to(position.device),
                 lambda: self.contents()[0],
                 lambda: self.contents()[1],
                 self.plan.run,
@@ -276,10 +281,11 @@ class Lane:
         self.set_columns(scoring=False)
 
     def set_columns(self, scoring: bool) -> None:
-        """Carry what `LayerPlan.columns` names."""
-        for store in (self.body, self.tail):
-            if store is not None:
-                store.set_columns(self.plan.columns(scoring))
+        """Carry what `LayerPlan.columns` names, and nothing else of the evictor's."""
+        columns = self.plan.columns(scoring)
+        self.tail.set_columns((*columns, *self.plan.codec.columns))
+        if self.body is not None:
+            self.body.set_columns(columns)
 
     def needs_eviction(self, capacity: torch.Tensor) -> bool:
         """Tell whether any head holds more than its `capacity` [B,G]."""

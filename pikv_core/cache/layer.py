@@ -128,6 +128,7 @@ class CacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         rows = torch.arange(len(self.num_seen))[indices.cpu()]
+        self.run.select_rows(rows)
         self.num_seen = self.num_seen[rows]
         if self._head_share is not None:
             self._head_share = self._head_share[rows]
@@ -218,7 +219,9 @@ class CacheLayer(CacheLayerMixin):
             self.evictor.observe_queries(query, position, self.run)
         watchers = self._watchers(is_prompt)
         by_group = None if sinks is None else sinks.view(1, self._shape.num_kv_heads, -1)
-        output = query if self.lanes[0].pairs is None else torch.empty_like(query)
+        output = (
+            query if self.lanes[0].pairs is None else torch.empty_like(query, memory_format=torch.contiguous_format)
+        )
         for lane in self.lanes:
             lane.has_empty = lane.has_empty or is_token is not None
             rows = lane.of_rows(position)

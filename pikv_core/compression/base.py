@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pikv_kernels.partial_attention import Partial
 
 
+CHUNK_TOKENS = 1024  # decoded at a time on a CPU
+
+
 @dataclass(frozen=True)
 class LayerSamples:
     """What one layer computed on calibration text: queries [B,H,N,D], keys and values [B,G,N,D], rotated; position [N].
@@ -84,18 +87,39 @@ class Codec(Observer, ABC):
         softcap: float | None,
         with_probs: bool,
     ) -> Partial:
-        """Attend query [B,G,Q,D] over all encoded tokens, `visible` [B,1|G,Q,N]; see `partial_attention`."""
-        from pikv_kernels.partial_attention import partial_attention
+        """Attend query [B,G,Q,D] over all encoded tokens, `visible` [B,1|G,Q,N]; see `partial_attention`.
 
-        keys, values = self.decode(encoded, position, query.dtype)
-        return partial_attention(query, keys, values, visible, scale, softcap, with_probs)
+        On a CPU some units at a time, so that what is decoded stays in its caches.
+        """
+        import torch
+
+        from pikv_kernels.merge_partials import merge_partials
+        from pikv_kernels.partial_attention import Partial, partial_attention
+
+        N, unit = position.shape[2], self.unit_tokens
+        at_once = max(1, CHUNK_TOKENS // unit) * unit if query.device.type == "cpu" and unit > 1 else N
+        parts = []
+        for start in range(0, N, at_once):
+            tokens, units = slice(start, start + at_once), slice(start // unit, (start + at_once) // unit)
+            chunk = {name: x[:, :, units] for name, x in encoded.items()}
+            keys, values = self.decode(chunk, position[:, :, tokens], query.dtype)
+            seen = None if visible is None else visible[..., tokens]
+            parts.append(partial_attention(query, keys, values, seen, scale, softcap, with_probs))
+        if len(parts) == 1:
+            return parts[0]
+        output, shares = merge_partials(parts)
+        lse = torch.stack([part.lse for part in parts]).logsumexp(dim=0)
+        if not with_probs:
+            return Partial(output, lse, None)
+        scaled = [part.probs * share[..., None] for part, share in zip(parts, shares) if part.probs is not None]
+        return Partial(output, lse, torch.cat(scaled, dim=-1))
 
     def for_layer(self, layer: int, fitted: Mapping[str, torch.Tensor], rotary: Any) -> Codec:
         """Return the codec of one layer, given what `fit` found for all of them (empty where not calibrated)."""
         return self
 
     def for_heads(self, head: torch.Tensor) -> Codec:
-        """Return the codec for tokens [B,G,...] of the layer's heads `head` [B,G], where it treats heads differently."""
+        """Return the codec for tokens [B,G,...] of the heads `head` [B,G], where it treats heads differently."""
         return self
 
     def fit(self, samples: Sequence[LayerSamples]) -> Fitted:

@@ -22,7 +22,8 @@ class Tokens:
 
     position [B,G,S] int32: the token's true position in its sequence, -1 for an empty slot; columns: the evictor's own
     float32 [B,G,S]; num_seen [B]: tokens the sequence has had; capacity [B,G]: tokens that may stay; head [B,G]: which
-    of the layer's key/value heads. keys, values: return what is stored [B,G,S,D], decoded, keys as attention uses them.
+    of the layer's key/value heads; row [B]: which of the batch's rows. keys, values: return what is stored [B,G,S,D],
+    decoded, keys as attention uses them.
     """
 
     position: torch.Tensor
@@ -30,6 +31,7 @@ class Tokens:
     num_seen: torch.Tensor
     capacity: torch.Tensor
     head: torch.Tensor
+    row: torch.Tensor
     keys: Callable[[], torch.Tensor]
     values: Callable[[], torch.Tensor]
     layer: LayerRun

@@ -14,7 +14,6 @@ from pikv_core.errors import PiKVError
 from pikv_core.observation import LayerRun
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.base import Evictor, Tokens
-from pikv_core.scheduling.batch_rows import batch_rows
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +88,7 @@ class ExpectedAttention(Evictor):
         count, mean, scatter = (layer.own[name] for name in (COUNT, MEAN, SCATTER))
         B, H, D = mean.shape
         by_group = (B, layer.num_kv_heads, H // layer.num_kv_heads)
-        pair = batch_rows(tokens, B), tokens.head
+        pair = tokens.row[:, None], tokens.head
         covariance = scatter / count.clamp(min=1)[:, None, None, None]
         mean, covariance = mean.view(*by_group, D)[pair], covariance.view(*by_group, D, D)[pair]
         identity = torch.eye(D, device=mean.device)[None, :, None].expand(-1, -1, self.future, -1)

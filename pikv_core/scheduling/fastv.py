@@ -15,7 +15,6 @@ from pikv_core.errors import UsageError
 from pikv_core.observation import LayerRun, Rows
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.base import Evictor, Tokens
-from pikv_core.scheduling.batch_rows import batch_rows
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +55,7 @@ class FastV(Evictor):
         attention = tokens.layer.shared.get(ATTENTION)
         if tokens.layer.index < self.first_layer or attention is None:
             return tokens.position.float()
-        by_position = attention.mean(dim=1)[batch_rows(tokens, len(attention))].expand(*tokens.position.shape[:2], -1)
+        by_position = attention.mean(dim=1)[tokens.row, None].expand(*tokens.position.shape[:2], -1)
         return by_position.gather(2, tokens.position.clamp(min=0, max=by_position.shape[2] - 1).long())
 
     def capacity(self, mean: torch.Tensor, num_seen: torch.Tensor, layer: LayerRun) -> torch.Tensor:

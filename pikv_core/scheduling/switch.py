@@ -6,7 +6,7 @@ Shapes: B batch, G key/value heads, N queries, S stored tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -14,7 +14,7 @@ from pydantic import Field
 
 from pikv_core.components import Component, build
 from pikv_core.errors import UsageError
-from pikv_core.observation import ALL, LayerRun, Rows
+from pikv_core.observation import LayerRun, Rows
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.base import Evictor, Tokens
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Columns = Mapping[str, "torch.Tensor"]
 
-STATE, WAITING = "switch/state", "switch/waiting"
+STATE = "switch/state"
 NEWEST, PROMPT_END = "newest", "prompt_end"
 
 
@@ -82,15 +82,10 @@ class Switch(Evictor):
 
     def observe(self, columns: Mapping[str, torch.Tensor], rows: Rows) -> None:
         is_step = rows.is_first and rows.is_last and rows.probs.shape[3] == 1
-        recent = self._recent(columns, rows)
         for name, candidate in self.candidates.items():
-            if is_step and candidate.decides_once:
-                continue
-            if candidate.observes == ALL:
-                candidate.observe(_columns_of(name, columns), rows)
-            elif candidate.observes and rows.is_last:
-                for seen, part in _newest(recent, candidate.observes):
-                    candidate.observe(_columns_of(name, seen), part)
+            seen = rows.newest(candidate.observes)
+            if seen is not None and not (is_step and candidate.decides_once):
+                candidate.observe(_columns_of(name, columns), seen)
         if rows.is_last:
             columns[NEWEST].copy_(rows.probs[:, :, :, -1].mean(dim=2))
             if not is_step:
@@ -115,21 +110,6 @@ class Switch(Evictor):
 
     def _state(self, layer: LayerRun) -> State:
         return layer.own.setdefault(STATE, State(self.policies[0]))
-
-    def _recent(self, columns: Columns, rows: Rows) -> list[tuple[Columns, Rows]]:
-        """Return this store's rows of the step so far, as many as the candidates with a window may need."""
-        windows = [candidate.observes for candidate in self.candidates.values() if candidate.observes < ALL]
-        waiting = rows.layer.own.setdefault(WAITING, {})
-        store = columns[NEWEST].data_ptr()
-        parts = [] if rows.is_first else waiting.pop(store)
-        parts.append((columns, rows))
-        while sum(part.probs.shape[3] for _, part in parts[1:]) >= max(windows, default=0):
-            del parts[0]
-            if not parts:
-                break
-        if not rows.is_last:
-            waiting[store] = parts
-        return parts
 
     def _candidate_score(self, name: str, tokens: Tokens) -> torch.Tensor:
         """Return a candidate's score, -inf for empty slots; if it decides once, later tokens are above all others."""
@@ -199,27 +179,6 @@ def _own(name: str, column: str) -> str:
 def _columns_of(name: str, columns: Columns) -> Columns:
     """Return a candidate's columns under the names it knows."""
     return {key.removeprefix(_own(name, "")): x for key, x in columns.items() if key.startswith(_own(name, ""))}
-
-
-def _newest(parts: list[tuple[Columns, Rows]], num_queries: int) -> Iterator[tuple[Columns, Rows]]:
-    """Yield the newest queries of a step as if they alone had been observed."""
-    skip = max(0, sum(rows.probs.shape[3] for _, rows in parts) - num_queries)
-    is_first = True
-    for columns, rows in parts:
-        N = rows.probs.shape[3]
-        if skip < N:
-            yield (
-                columns,
-                dataclasses.replace(
-                    rows,
-                    probs=rows.probs[:, :, :, skip:],
-                    query_position=rows.query_position[:, skip:],
-                    num_visible=rows.num_visible[:, :, skip:],
-                    is_first=is_first,
-                ),
-            )
-            is_first = False
-        skip = max(0, skip - N)
 
 
 def _kept(mass: torch.Tensor, score: torch.Tensor, capacity: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_calibration import gates, write
 from small_models import CONFIGS, use_stock_attention
 
 from pikv_core.cache import PiKVCache
@@ -34,13 +35,14 @@ def generate(model, inputs, cache=None):
 
 @pytest.mark.parametrize("policy", POLICIES.names())
 @pytest.mark.parametrize("arch", CONFIGS)
-def test_full_budget_equals_the_stock_cache(small_model, batch, arch, policy):
+def test_full_budget_equals_the_stock_cache(small_model, batch, arch, policy, tmp_path):
     model = small_model(arch)
+    calibration = [write(model, tmp_path / "gates", [gates(model)])] if POLICIES[policy].calibrated else []
     for rows in (slice(0, 1), slice(0, 3)):
         inputs = {name: x[rows] for name, x in batch.items()}
         use_stock_attention(model)
         tokens, logits = generate(model, inputs)
-        cache = PiKVCache.from_recipe(model.config, {"policy": policy, "budget": 1.0})
+        cache = PiKVCache.from_recipe(model.config, {"policy": policy, "calibration": calibration})
         our_tokens, our_logits = generate(model, inputs, cache)
         assert torch.equal(our_tokens, tokens)
         error = ((our_logits - logits).abs().max() / logits.abs().max()).item()

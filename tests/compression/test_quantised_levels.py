@@ -70,7 +70,7 @@ def test_importance_is_the_attention_that_a_token_has_had():
             position=torch.arange(10).expand(2, 3, 10),
             num_visible=torch.full((2, 3, 6), 10),
             is_first=not is_last,
-            is_last=is_last,
+            num_after=0 if is_last else 1,
             layer=LayerRun(0, 1),
         )
         codec.observe(columns, rows)

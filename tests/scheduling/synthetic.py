@@ -89,7 +89,7 @@ def show(observer, world, run, chunk=7, slots=None, steps=None):
                 world.position[:, None, stored].expand(-1, G, -1).to(torch.int32),
                 world.sees[:, None, low:high].sum(-1).expand(-1, G, -1),
                 is_first=low == first,
-                is_last=high == end,
+                num_after=end - high,
                 layer=run,
             )
             observer.observe({name: x[:, :, : len(stored)] for name, x in columns.items()}, rows)
@@ -108,6 +108,7 @@ def make_tokens(world, run, columns, capacity=8, slots=None, heads=None):
         world.num_seen.clone(),
         torch.full((B, G), capacity),
         torch.arange(G).expand(B, G) if heads is None else heads,
+        torch.arange(B),
         lambda: world.keys[:, :, slots].float(),
         lambda: world.values[:, :, slots].float(),
         run,

@@ -106,24 +106,17 @@ def parted(tokens):
         tokens,
         **by_pair,
         num_seen=tokens.num_seen.repeat_interleave(num_heads),
+        row=tokens.row.repeat_interleave(num_heads),
         keys=lambda: tokens.keys().flatten(0, 1)[:, None],
         values=lambda: tokens.values().flatten(0, 1)[:, None],
     )
 
 
-def test_heads_of_one_sequence_may_be_scored_apart(world):
-    alone = world.row(1)
-    run = alone.layer_runs()[0]
-    tokens = make_tokens(alone, run, show(ExpectedAttention(), alone, run))
-    score = ExpectedAttention().score(parted(tokens))
-    torch.testing.assert_close(score[:, 0], ExpectedAttention().score(tokens)[0])
-
-
-def test_heads_of_a_batch_may_not_be_scored_apart(world):
+def test_heads_of_a_batch_may_be_scored_apart(world):
     run = world.layer_runs()[0]
     tokens = make_tokens(world, run, show(ExpectedAttention(), world, run))
-    with pytest.raises(PiKVError, match="another prompt in a batch whose heads"):
-        ExpectedAttention().score(parted(tokens))
+    score = ExpectedAttention().score(parted(tokens))
+    torch.testing.assert_close(score[:, 0], ExpectedAttention().score(tokens).flatten(0, 1))
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3_moe"])

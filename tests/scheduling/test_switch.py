@@ -73,7 +73,7 @@ def feed(evictor, run, attention, columns, capacity):
     position = torch.arange(S)[None, None]
     probs = torch.tensor(attention).view(1, 1, 1, 1, S)
     query = torch.full((1, 1), S - 1)
-    evictor.observe(columns, Rows(probs, query, position, torch.full((1, 1, 1), S), True, True, run))
+    evictor.observe(columns, Rows(probs, query, position, torch.full((1, 1, 1), S), True, 0, run))
     return evictor.score(
         Tokens(
             position,
@@ -81,6 +81,7 @@ def feed(evictor, run, attention, columns, capacity):
             torch.tensor([S]),
             torch.tensor([[capacity]]),
             torch.zeros(1, 1, dtype=torch.long),
+            torch.zeros(1, dtype=torch.long),
             lambda: torch.zeros(1, 1, S, D),
             lambda: torch.zeros(1, 1, S, D),
             run,
@@ -158,9 +159,10 @@ def test_all_heads_of_a_layer_count_together_even_if_they_are_stored_apart():
         for columns, attention in zip(lanes, (MIDDLE, NEWEST)):
             probs = torch.tensor(attention).view(1, 1, 1, 1, 8)
             count = torch.full((1, 1, 1), 8)
-            evictor.observe(columns, Rows(probs, torch.full((1, 1), 7), position, count, True, True, run))
+            evictor.observe(columns, Rows(probs, torch.full((1, 1), 7), position, count, True, 0, run))
         for columns in lanes:
-            evictor.score(Tokens(position, columns, torch.tensor([8]), torch.tensor([[5]]), head, keys, keys, run))
+            five, seen = torch.tensor([[5]]), torch.tensor([8])
+            evictor.score(Tokens(position, columns, seen, five, head, head[:, 0], keys, keys, run))
         choices.append(len(run.events))
     assert choices == [0, 0, 1, 1]
     assert run.events[0]["recall"] == pytest.approx({"streaming-llm": 0.75, "tova": 1.0}, abs=1e-6)

@@ -2,6 +2,9 @@
 
 import json
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from pikv_core.runs import Reporter, Run
 from pikv_core.schema import DuoGateSettings
 from pikv_core.training.duo_gates import learn, measure
 
+ROOT = Path(__file__).parents[2]
 TASK = Recall(num_keys=16, num_values=8, num_filler=16)
 SETTINGS = DuoGateSettings(sinks=2, recent=8, length=64, steps=60, batch_tokens=256, lr=0.1, l1=0.05, eval_samples=8)
 
@@ -204,6 +208,20 @@ def test_the_same_recipe_gives_the_same_calibration(tmp_path, model, source):
     assert results[0].gates == results[1].gates
     manifests = [calibration.read(result.calibration) for result in results]
     assert manifests[0] == manifests[1]
+
+
+def test_the_shipped_recipe_runs_from_the_command_line(tmp_path, model, source):
+    folder = save_with_task(model, source, tmp_path / "model")
+    recipe = ROOT / "recipes" / "train" / "duo-gates.yaml"
+    small = ["duo_gates.steps=3", "duo_gates.length=128", "duo_gates.batch_tokens=128", "duo_gates.eval_samples=2"]
+    command = [sys.executable, "-m", "pikv_cli", "train", "--recipe", str(recipe), "--start", str(folder)]
+    command += ["--threads", "1", "--out", str(tmp_path / "run"), *(part for item in small for part in ("--set", item))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"calibration: {tmp_path / 'run' / 'calibration'}" in done.stdout
+    manifest = calibration.read(tmp_path / "run" / "calibration")
+    assert manifest.members["duo-attention"].options == {"sinks": 16, "recent": 64}
+    assert manifest.corpus.num_tokens == 3 * 128
 
 
 def test_an_interrupted_run_says_so_and_is_not_resumed(tmp_path, model, source):

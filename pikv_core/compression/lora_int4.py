@@ -20,7 +20,7 @@ class LoRAInt4(TrainedLowRank):
 
     unfitted: ClassVar[tuple[str, ...]] = ("group", "residual")
     group: Annotated[int, Field(ge=8, multiple_of=8)] = 64
-    residual: Annotated[int, Field(ge=0)] = 128
+    residual: Annotated[int, Field(ge=0)] = 32
 
     def codes(self) -> Codec:
         return Int4(self.group, self.residual)

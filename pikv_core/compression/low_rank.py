@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from pikv_kernels.partial_attention import Partial
 
-TILE_TOKENS = 4096  # keys rebuilt at a time
+CPU_TILE, DEVICE_TILE = 2**20, 2**26  # numbers of rebuilt keys at a time: what caches hold, what launches are worth
 
 
 class Basis:
@@ -88,7 +88,7 @@ class LowRank(Codec):
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> dict[str, torch.Tensor]:
         if self.rotary is not None:
-            keys = self.rotary.unrotate(keys, position, self.layer)
+            keys = self.rotary.unrotate(keys, _shared(position), self.layer)
         return self.codes.encode(self.key.project(keys), self.value.project(values), position)
 
     def decode(
@@ -132,8 +132,9 @@ class LowRank(Codec):
 
         key_codes, value_codes = self.codes.decode(encoded, position, query.dtype)
         parts = []
-        for start in range(0, key_codes.shape[2], TILE_TOKENS):
-            tile = slice(start, start + TILE_TOKENS)
+        tile_tokens = max(16, (CPU_TILE if query.is_cpu else DEVICE_TILE) // max(1, query[:, :, 0].numel()))
+        for start in range(0, key_codes.shape[2], tile_tokens):
+            tile = slice(start, start + tile_tokens)
             keys = self._keys(key_codes[:, :, tile], position[:, :, tile], query.dtype)
             seen = None if visible is None else visible[..., tile]
             parts.append(partial_attention(query, keys, value_codes[:, :, tile], seen, scale, softcap, with_probs))
@@ -148,7 +149,13 @@ class LowRank(Codec):
 
     def _keys(self, codes: torch.Tensor, position: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         keys = self.key.restore(codes, dtype)
-        return keys if self.rotary is None else self.rotary.rotate(keys, position, self.layer)
+        return keys if self.rotary is None else self.rotary.rotate(keys, _shared(position), self.layer)
+
+
+def _shared(position: torch.Tensor) -> torch.Tensor:
+    """Return positions [B,N] where all heads' [B,G,N] agree, which spares computing the same rotation for each."""
+    first = position[:, 0]
+    return first if bool((position == first[:, None]).all()) else position
 
 
 class CalibratedCodec(Codec):

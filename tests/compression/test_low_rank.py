@@ -98,7 +98,7 @@ def test_rope_auto_codes_keys_as_they_are_simpler(rotary):
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_over_codes_is_attention_over_what_they_decode_to(rotary, monkeypatch, name, rope, softcap, dtype):
-    monkeypatch.setattr("pikv_core.compression.low_rank.TILE_TOKENS", 48)
+    monkeypatch.setattr("pikv_core.compression.low_rank.CPU_TILE", 48 * 3 * 2 * 16)  # 48 tokens
     samples = make_samples(num_tokens=128, rotary=rotary, dtype=dtype)
     codec = fitted(samples, name, rank=6, rope=rope, **({"steps": 5} if name != "svd" else {}))[0]
     position = samples.position.expand(samples.keys.shape[:3])

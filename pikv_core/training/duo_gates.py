@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pikv_core.cache.calibration import layer_shapes
+from pikv_core.cache.support import windows
 from pikv_core.data.source import Batch
 from pikv_core.errors import PiKVError
 from pikv_core.runs import Run
@@ -47,6 +48,7 @@ def learn(model: Any, needles: Needles, settings: DuoGateSettings, run: Run) -> 
     Raises PiKVError where no layer can have gates, where the loss is not finite, and when interrupted.
     """
     digest, num_tokens, begun = hashlib.sha256(), 0, time.perf_counter()
+    at_a_time = max(1, settings.batch_tokens // settings.length)
     with _frozen(model), gated_attention(model, settings.sinks, settings.recent) as attention, Interrupt() as interrupt:
         gated_L = torch.tensor(attention.has_gate, device=model.device)
         if not bool(gated_L.any()):
@@ -57,7 +59,7 @@ def learn(model: Any, needles: Needles, settings: DuoGateSettings, run: Run) -> 
         gates_LG = torch.ones(_shape(model), device=model.device, requires_grad=True)
         optimizer = torch.optim.AdamW([gates_LG], lr=settings.lr, weight_decay=0.0)
         for step in range(settings.steps):
-            batch = _draw(needles, settings, [run.recipe.seed, step], settings.batch_tokens, "train")
+            batch = _draw(needles, settings, [run.recipe.seed, step], at_a_time, "train")
             digest.update(batch.ids.astype("<i8").tobytes())
             num_tokens += batch.ids.size
             difference = _difference(model, attention, gates_LG, batch)
@@ -89,18 +91,22 @@ def measure(model: Any, needles: Needles, settings: DuoGateSettings, gates: Tens
     half of the heads full and the others streaming, and with all of them streaming.
     """
     gates_LG = gates.to(model.device)
-    rank = gates_LG.flatten().argsort(stable=True).argsort().view(gates_LG.shape)
-    half = (rank >= gates_LG.numel() // 2).to(gates_LG)
-    variants = {"full": None, "gates": gates_LG, "half_streaming": half, "all_streaming": torch.zeros_like(gates_LG)}
+    gated_L = torch.tensor([window is None for window in windows(model.config)], device=model.device)
+    half_LG = torch.ones_like(gates_LG)
+    half_LG[gated_L] = _better_half(gates_LG[gated_L])
+    variants = {
+        "full": None,
+        "gates": gates_LG,
+        "half_streaming": half_LG,
+        "all_streaming": torch.zeros_like(gates_LG),
+    }
     num_correct = dict.fromkeys(variants, 0)
     num_answers, difference = 0, 0.0
-    was_training = model.training
-    model.eval()
-    with gated_attention(model, settings.sinks, settings.recent) as attention:
-        at_a_time = max(1, settings.batch_tokens // settings.length)
+    at_a_time = max(1, settings.batch_tokens // settings.length)
+    with _frozen(model), gated_attention(model, settings.sinks, settings.recent) as attention:
         for start in range(0, settings.eval_samples, at_a_time):
             num_samples = min(at_a_time, settings.eval_samples - start)
-            batch = _draw(needles, settings, [EVALUATION_SEED, start], num_samples * settings.length, "test")
+            batch = _draw(needles, settings, [EVALUATION_SEED, start], num_samples, "test")
             expected_N = torch.from_numpy(batch.ids[:, 1:][batch.answer_mask[:, :-1]]).to(model.device)
             num_answers += len(expected_N)
             hidden = {name: _hidden(model, attention, gates, batch) for name, gates in variants.items()}
@@ -109,15 +115,20 @@ def measure(model: Any, needles: Needles, settings: DuoGateSettings, gates: Tens
                 num_correct[name] += int((found_N == expected_N).sum())
             change = (hidden["full"].float() - hidden["gates"].float()).square().mean(-1)
             difference += float(change.sum())
-    model.train(was_training)
     difference /= num_answers
-    mean_gate = float(gates_LG[torch.tensor(attention.has_gate)].mean())
+    mean_gate = float(gates_LG[gated_L].mean())
     return {
         "loss": difference + settings.l1 * mean_gate,
         "hidden_difference": difference,
         "mean_gate": mean_gate,
         **{f"accuracy_{name}": count / num_answers for name, count in num_correct.items()},
     }
+
+
+def _better_half(gates: Tensor) -> Tensor:
+    """Return 1 for the larger half of the gates, 0 for the others."""
+    rank = gates.flatten().argsort(stable=True).argsort().view(gates.shape)
+    return (rank >= gates.numel() // 2).to(gates)
 
 
 def _difference(model: Any, attention: GatedAttention, gates_LG: Tensor, batch: Batch) -> Tensor:
@@ -135,8 +146,7 @@ def _hidden(model: Any, attention: GatedAttention, gates_LG: Tensor | None, batc
     return hidden_BTD[torch.from_numpy(batch.answer_mask).to(model.device)]
 
 
-def _draw(needles: Needles, settings: DuoGateSettings, seed: list[int], num_tokens: int, split: str) -> Batch:
-    num_samples = max(1, num_tokens // settings.length)
+def _draw(needles: Needles, settings: DuoGateSettings, seed: list[int], num_samples: int, split: str) -> Batch:
     return needles.batch(np.random.default_rng(seed), num_samples, settings.length, split)
 
 

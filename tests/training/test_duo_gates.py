@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from small_models import SMALL
 
 from pikv_core.cache import PiKVCache, calibration
 from pikv_core.components import Component
@@ -21,6 +22,7 @@ from pikv_core.recipes import dump, load
 from pikv_core.runs import Reporter, Run
 from pikv_core.schema import DuoGateSettings
 from pikv_core.training.duo_gates import learn, measure
+from pikv_core.training.gated_attention import gated_attention
 
 ROOT = Path(__file__).parents[2]
 TASK = Recall(num_keys=16, num_values=8, num_filler=16)
@@ -175,7 +177,24 @@ def test_every_architecture_learns(tmp_path, small_model, source, arch):
     assert rows[-1]["gate/layer_1"] == pytest.approx(float(learned.gates[1].mean()))
 
 
-def test_layers_with_a_sliding_window_have_no_gates(tmp_path, small_model, source):
+def test_only_layers_without_a_sliding_window_have_gates(tmp_path, source):
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = transformers.Qwen2Config(**{**SMALL, "use_sliding_window": True, "sliding_window": 12}, layer_types=kinds)
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    ids = torch.randint(43, (1, 64), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = model.model(ids, use_cache=False).last_hidden_state
+        with gated_attention(model, 2, 8):
+            assert torch.allclose(model.model(ids, use_cache=False).last_hidden_state, expected, atol=1e-5)
+    learned = learn(model, source, changed(steps=4, l1=2.0), run_in(tmp_path))
+    assert learned.gates[0].tolist() == learned.gates[2].tolist() == [1, 1]
+    assert bool((learned.gates[1] < 1).all())
+    measured = measure(model, source, SETTINGS, learned.gates)
+    assert measured["mean_gate"] == pytest.approx(float(learned.gates[1].mean()))
+
+
+def test_a_model_of_sliding_windows_alone_is_refused(tmp_path, small_model, source):
     with pytest.raises(PiKVError, match="sliding window"):
         learn(small_model("mistral"), source, SETTINGS, run_in(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

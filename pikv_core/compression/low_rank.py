@@ -29,6 +29,9 @@ class Basis:
     def __init__(self, down: torch.Tensor, up: torch.Tensor, heads: torch.Tensor | None = None):
         self._down, self._up, self._heads = down, up, heads
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Basis:
+        return self  # never written to: copies of a cache share it
+
     @property
     def rank(self) -> int:
         return self._down.shape[-1]

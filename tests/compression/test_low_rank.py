@@ -1,5 +1,6 @@
 """Low-rank codecs against singular values in float64 and plain attention; the choice of codecs against all choices."""
 
+import copy
 import dataclasses
 import itertools
 
@@ -308,8 +309,9 @@ def test_auto_refuses_what_it_cannot_choose_or_reach():
         build(CODECS, Component("auto", {"candidates": ["int8"]})).fit([make_samples(num_tokens=63)])
 
 
-def test_a_basis_moves_to_the_tensors_it_is_used_on():
+def test_a_basis_moves_to_the_tensors_it_is_used_on_and_is_shared_by_copies():
     down = torch.eye(4)[None, :, :2]
     codec = LowRank(Basis(down, down), Basis(down, down), build(CODECS, Component("none")))
     x = torch.zeros(1, 1, 3, 4, device="meta")
     assert codec.key.project(x).device.type == "meta" and codec.key.rank == 2
+    assert copy.deepcopy(codec).key is codec.key

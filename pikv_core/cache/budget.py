@@ -48,14 +48,15 @@ class Budget:
         per_head = total // (shape.batch * shape.num_kv_heads)
         metadata = 4 * (1 + num_columns)
         plain = 2 * shape.head_dim * shape.dtype.itemsize + metadata
+        waits = [4 * len(codec.columns) for codec in codecs]
         encoded = [_bytes_per_token(codec, shape) + metadata for codec in codecs]
 
         def needed(num_tokens: int) -> int:
             """Bytes of one head in all layers; the newest tokens wait in full precision until a unit is encoded."""
             need = 0.0
-            for codec, each in zip(codecs, encoded):
+            for codec, each, more in zip(codecs, encoded, waits):
                 waiting = 0 if codec.unit_tokens == 1 else codec.residual + codec.unit_tokens - 1
-                need += min(num_tokens, waiting) * plain + max(0, num_tokens - waiting) * each
+                need += min(num_tokens, waiting) * (plain + more) + max(0, num_tokens - waiting) * each
             return math.ceil(need)
 
         tokens = bisect.bisect_right(range(1 + per_head), per_head, key=needed) - 1

@@ -22,6 +22,7 @@ from pikv_core.compression import CODECS
 from pikv_core.compression.base import Codec
 from pikv_core.errors import PiKVError
 from pikv_core.observation import LayerRun
+from pikv_core.registry import Registry
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.allocation import ALLOCATIONS
 from pikv_core.scheduling.base import Evictor, Policy
@@ -39,14 +40,12 @@ class PiKVCache(Cache):
     def __init__(self, config: Any, recipe: CacheRecipe | None = None):
         recipe = recipe or CacheRecipe()
         check_recipe(recipe)
-        policy, allocation = build(POLICIES, recipe.policy), build(ALLOCATIONS, recipe.allocation)
-        budget = Budget(recipe.budget)
+        policy, policy_tensors = _ready(POLICIES, "policy", recipe.policy, recipe, config)
+        self._asked_codec, self._codec_tensors = _ready(CODECS, "codec", recipe.codec, recipe, config)
+        allocation, budget = build(ALLOCATIONS, recipe.allocation), Budget(recipe.budget)
         self.recipe, self._config = recipe, config
         per_layer = windows(config)
-        self._asked_codec = build(CODECS, recipe.codec)
-        self._codec_tensors = _tensors("codec", recipe.codec, self._asked_codec.calibrated, recipe, config)
         self._codecs: list[Codec] | None = None
-        policy_tensors = _tensors("policy", recipe.policy, policy.calibrated, recipe, config)
         self._num_columns = _num_columns(policy)
         self._compares_layers = allocation.compares_layers and isinstance(policy, Evictor)
         self._layer_bytes = [0] * len(per_layer)
@@ -135,10 +134,10 @@ class PiKVCache(Cache):
         evictor = self.own_layers[0].evictor
         return None if evictor is None else evictor.looks
 
-    def look(self, looking: bool) -> None:
-        """Let a policy that looks observe what is fed from now on, while the cache is held, or no longer."""
+    def look(self) -> None:
+        """Let a policy that looks observe what is fed from now on, while the cache is held, until `compress`."""
         for layer in self.own_layers:
-            layer.look(looking)
+            layer.look()
 
     def fork(self) -> PiKVCache:
         """Return a copy with storage of its own, which goes on from here apart from this one."""
@@ -221,14 +220,16 @@ class PiKVCache(Cache):
         self.peak_bytes = max(self.peak_bytes, self._total_bytes)
 
 
-def _tensors(
-    kind: Literal["codec", "policy"], component: Component, calibrated: bool, recipe: CacheRecipe, config: Any
-) -> Mapping[str, torch.Tensor]:
-    if not calibrated:
-        return {}
+def _ready(
+    registry: Registry, kind: Literal["codec", "policy"], component: Component, recipe: CacheRecipe, config: Any
+) -> tuple[Any, Mapping[str, torch.Tensor]]:
+    """Build a policy or codec, with what was fitted of it where it needs that."""
+    if not registry[component.name].calibrated:
+        return build(registry, component), {}
     from pikv_core.cache import calibration
 
-    return calibration.fitted(recipe.calibration, kind, component, config)
+    component, tensors = calibration.fitted(recipe.calibration, kind, component, config)
+    return build(registry, component), tensors
 
 
 def _num_columns(policy: Policy) -> int:

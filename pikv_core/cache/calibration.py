@@ -25,7 +25,7 @@ from pikv_core.runs import plain
 MANIFEST = "manifest.json"
 COMMANDS = {
     "codec": "pikv compress --calibrate --method {name} --model DIR --save DIR2",
-    "policy": "pikv train --recipe recipes/train/duo-gates.yaml",
+    "policy": "pikv train --recipe recipes/train/duo-gates.yaml --start DIR",
 }
 Kind = Literal["codec", "policy"]
 
@@ -109,8 +109,11 @@ def save(folder: str | Path, source: str, model: nn.Module, corpus: Corpus, memb
 
 
 def read(folder: str | Path) -> Manifest:
-    """Return a calibration's manifest; raise UsageError where there is none, PiKVError where it is damaged."""
-    file = Path(folder) / MANIFEST
+    """Return the manifest of a calibration, or of the run that made it.
+
+    Raises UsageError where there is none, PiKVError where it is damaged.
+    """
+    file = _folder(folder) / MANIFEST
     if not file.is_file():
         raise UsageError(
             f"{folder}: no calibration here: no {MANIFEST}", hint=f"make one: {COMMANDS['codec'].format(name='NAME')}"
@@ -128,8 +131,10 @@ def read(folder: str | Path) -> Manifest:
         raise PiKVError(f"{file}: cannot be read: {error.strerror or error}") from error
 
 
-def fitted(folders: Sequence[str], kind: Kind, component: Component, config: Any) -> dict[str, torch.Tensor]:
-    """Return what one of the folders holds of a codec or policy.
+def fitted(
+    folders: Sequence[str], kind: Kind, component: Component, config: Any
+) -> tuple[Component, dict[str, torch.Tensor]]:
+    """Return the component with the options it was fitted with, and what one of the folders holds of it.
 
     Raises UsageError where none or several hold it, where the layers are not those of `config`, or where an option of
     the component is not the one that was fitted; PiKVError where a file is damaged.
@@ -160,7 +165,8 @@ def fitted(folders: Sequence[str], kind: Kind, component: Component, config: Any
                 f"{folder}: {kind} '{name}' was fitted with {option} {entry.options[option]}, not {asked}",
                 hint=f"drop {option}, or calibrate with it",
             )
-    return _tensors(Path(folder) / entry.file, entry.sha256)
+    tensors = _tensors(_folder(folder) / entry.file, entry.sha256)
+    return Component(name, {**entry.options, **component.options}), tensors
 
 
 def check_model(folders: Sequence[str], model: nn.Module) -> None:
@@ -190,6 +196,12 @@ def _described(layers: Sequence[LayerShape]) -> str:
     return f"{len(layers)} layers of " + " or ".join(
         f"{heads} heads of {channels} channels" for heads, channels in kinds
     )
+
+
+def _folder(folder: str | Path) -> Path:
+    """Return the folder itself, or the calibration inside a run's folder."""
+    inside = Path(folder) / "calibration"
+    return inside if (inside / MANIFEST).is_file() else Path(folder)
 
 
 def _tensors(file: Path, expected: str) -> dict[str, torch.Tensor]:

@@ -286,6 +286,7 @@ class CacheLayer(CacheLayerMixin):
             self._evict()
         for lane in self.lanes:
             lane.encode()
+        self.looking = False
         self._on_change(self.index)
 
     def _evict(self) -> None:
@@ -348,10 +349,10 @@ class CacheLayer(CacheLayerMixin):
         self.held = True
         self._seen_since_hold = {self.seen_length: self.num_seen}
 
-    def look(self, looking: bool) -> None:
-        """Let the attention of what is fed from now on be what a policy that looks observes, or no longer."""
-        self.looking = looking
-        if looking and not self._scoring:
+    def look(self) -> None:
+        """Let the attention of what is fed until `compress` be what a policy that looks observes."""
+        self.looking = True
+        if not self._scoring:
             self._set_scoring(True)
 
     def _set_scoring(self, scoring: bool) -> None:
@@ -360,9 +361,14 @@ class CacheLayer(CacheLayerMixin):
             lane.set_columns(scoring)
 
     def rewind(self, num_tokens: int) -> None:
-        """Forget the steps that brought the newest tokens since `hold`; what evictors learnt from them stays."""
+        """Forget the newest tokens since `hold`; what evictors learnt from them stays.
+
+        What is left of a step that is forgotten in part must be without padding.
+        """
         self.seen_length -= num_tokens
-        assert self.held and self.seen_length in self._seen_since_hold
+        known = max((length for length in self._seen_since_hold if length <= self.seen_length), default=-1)
+        assert self.held and known >= 0
         for lane in self.lanes:
             lane.rewind(num_tokens)
-        self.num_seen = self._seen_since_hold[self.seen_length]
+        before = self._seen_since_hold[known] if known else torch.zeros_like(self.num_seen)
+        self.num_seen = before + self.seen_length - known

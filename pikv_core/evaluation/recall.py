@@ -12,9 +12,10 @@ import torch.nn.functional as F
 
 from pikv_core.cache import PiKVCache
 from pikv_core.evaluation.prompts import RecallPrompts
-from pikv_core.model.steps import feed, prefill, step
+from pikv_core.model.steps import feed, look, prefill, step
 
 NUM_DEPTHS = 5
+WINDOW = 64  # newest tokens of a context that are fed with each question: as many as any policy takes a vote of
 
 
 @dataclass(frozen=True)
@@ -42,33 +43,50 @@ def measure_recall(
 ) -> Recall:
     """Ask every question, one token per step, over the compressed context.
 
-    question "after": the policy compresses the context alone. "inside": it has first observed every question, each
-    fed and forgotten again, so that the questions' attention is known when it compresses. A policy that is shown
-    what comes later, or the context once more, is shown that in either case.
+    question "after": the policy compresses the context alone, once for all questions. "inside": the context is
+    compressed anew for each question, which has been at its end while the policy observed and is then asked through
+    what is left. A policy that is shown what comes later is shown all questions, or the one.
     """
     hits: list[torch.Tensor] = []
     losses: list[torch.Tensor] = []
     for group in prompts:
         right = torch.zeros(group.depth.shape)
         for rows in torch.arange(len(group.context)).split(batch_size):
-            cache = new_cache()
-            if question == "inside" and cache.looks is None:
-                _feed_with_questions(model, cache, group, rows)
-            else:
-                prefill(model, cache, group.context[rows], group.asked()[rows])
-            right[rows] = _ask(model, cache, group.questions[rows], group.answers[rows], losses)
+            ask = _ask_inside if question == "inside" else _ask_after
+            right[rows] = ask(model, new_cache(), group, rows, losses)
         hits.append(right)
     return _summary(prompts, hits, torch.cat(losses))
 
 
-def _feed_with_questions(model: Any, cache: PiKVCache, group: RecallPrompts, rows: torch.Tensor) -> None:
+def _ask_after(
+    model: Any, cache: PiKVCache, group: RecallPrompts, rows: torch.Tensor, losses: list[torch.Tensor]
+) -> torch.Tensor:
+    """Ask all questions in turn over the context, compressed once."""
+    prefill(model, cache, group.context[rows], group.asked()[rows])
+    return _ask(model, cache, group.questions[rows], group.answers[rows], losses)
+
+
+def _ask_inside(
+    model: Any, cache: PiKVCache, group: RecallPrompts, rows: torch.Tensor, losses: list[torch.Tensor]
+) -> torch.Tensor:
+    """Ask each question over the context as it is compressed with that question at its end."""
+    if cache.looks == "repeat":  # no question changes what it goes by
+        return _ask_after(model, cache, group, rows, losses)
+    context, questions, answers = group.context[rows], group.questions[rows], group.answers[rows]
     cache.hold()
-    feed(model, cache, group.context[rows])
-    for asked in group.questions[rows].unbind(1):
-        for token in asked.unbind(1):
-            step(model, cache, token)
-        cache.rewind(asked.shape[1])
-    cache.compress()
+    if context.shape[1] > WINDOW:
+        feed(model, cache, context[:, :-WINDOW])
+    right = torch.zeros(questions.shape[:2])
+    for index in range(questions.shape[1]):
+        own, asked = cache.fork(), questions[:, index]
+        feed(model, own, torch.cat([context[:, -WINDOW:], asked], dim=1))
+        own.rewind(asked.shape[1])
+        if own.looks == "future":
+            look(model, own, torch.cat([asked, answers[:, index]], dim=1))
+        own.compress()
+        one = slice(index, index + 1)
+        right[:, one] = _ask(model, own, questions[:, one], answers[:, one], losses)
+    return right
 
 
 def _ask(

@@ -54,7 +54,7 @@ def prefill(
     logits = feed(model, cache, ids, is_token)
     if cache.looks == "future":
         assert future is not None
-        look(model, cache, future, None)
+        look(model, cache, future)
     else:
         for start in range(0, ids.shape[1], LOOK_TOKENS):
             part = slice(max(0, start - LEAD_TOKENS) if start else 0, start + LOOK_TOKENS)
@@ -65,12 +65,11 @@ def prefill(
                 real = None if real is None else torch.cat([torch.ones_like(words, dtype=torch.bool), real], dim=1)
             look(model, cache, shown, real)
     cache.compress()
-    cache.look(False)
     return logits
 
 
-def look(model: Any, cache: PiKVCache, ids: torch.Tensor, is_token: torch.Tensor | None) -> None:
+def look(model: Any, cache: PiKVCache, ids: torch.Tensor, is_token: torch.Tensor | None = None) -> None:
     """Show a held cache tokens [B,F] that its policy observes and that are then forgotten."""
-    cache.look(True)
+    cache.look()
     feed(model, cache, ids, is_token)
     cache.rewind(ids.shape[1])

@@ -35,7 +35,7 @@ def saved(model, tmp_path):
 
 
 def fitted(folders, config, kind="codec", name="svd", **options):
-    return calibration.fitted(folders, kind, Component(name, options), config)
+    return calibration.fitted(folders, kind, Component(name, options), config)[1]
 
 
 def test_what_is_read_is_what_was_written(model, tmp_path):

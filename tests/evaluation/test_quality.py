@@ -35,12 +35,16 @@ def stock_logits(model, ids):
 def test_recall_of_the_full_cache_is_the_models_own(loaded, question):
     (prompts,) = groups = recall_prompts(loaded, None, 64, 96, seed=1)
     found = measure_recall(loaded.model, cache_of(loaded.model), groups, question, batch_size=3)
-    ids = prompts.joined(len(prompts.context))
-    logits = stock_logits(loaded.model, ids)
-    C = prompts.context.shape[1]
-    at = torch.arange(prompts.questions.shape[1]) * 2 + C
-    right = (logits[:, at].argmax(-1) == ids[:, at + 1]).float()
-    loss = torch.nn.functional.cross_entropy(logits[:, at].flatten(0, 1), ids[:, at + 1].flatten())
+    C, Q = prompts.context.shape[1], prompts.questions.shape[1]
+    if question == "after":
+        ids = prompts.joined(len(prompts.context))
+        logits = stock_logits(loaded.model, ids)[:, torch.arange(Q) * 2 + C]
+    else:  # each alone behind the context
+        alone = [torch.cat([prompts.context, prompts.questions[:, index]], dim=1) for index in range(Q)]
+        logits = torch.stack([stock_logits(loaded.model, ids)[:, -1] for ids in alone], dim=1)
+    answers = prompts.answers[..., 0]
+    right = (logits.argmax(-1) == answers).float()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
     assert found.share == pytest.approx(right.mean().item())
     assert found.by_needles == {str(prompts.num_needles): pytest.approx(right.mean().item())}
     assert found.answer_perplexity == pytest.approx(loss.exp().item(), rel=1e-4)
@@ -61,7 +65,7 @@ def test_recall_joins_groups_by_their_queries(loaded):
     assert set(both.by_needles) == {str(short.num_needles), str(long.num_needles)}
 
 
-def test_seeing_the_question_changes_what_h2o_keeps_and_nothing_else(loaded):
+def test_seeing_the_question_changes_what_h2o_keeps_and_nothing_else(loaded, monkeypatch):
     groups = recall_prompts(loaded, None, 64, 96, seed=2)
     caches = []
 
@@ -69,12 +73,24 @@ def test_seeing_the_question_changes_what_h2o_keeps_and_nothing_else(loaded):
         caches.append(PiKVCache.for_model(loaded.model, {"policy": "h2o", "budget": 0.25}))
         return caches[-1]
 
+    def fork(cache):
+        caches.append(whole_fork(cache))
+        return caches[-1]
+
+    whole_fork = PiKVCache.fork
+    monkeypatch.setattr(PiKVCache, "fork", fork)
     for question in ("after", "inside"):
-        measure_recall(loaded.model, new_cache, groups, question, batch_size=100)
-    after, inside = caches
-    assert after.get_seq_length() == inside.get_seq_length() == 96
-    assert after.num_stored == inside.num_stored
-    assert not torch.equal(after.positions[0], inside.positions[0])
+        measure_recall(loaded.model, new_cache, groups[:1], question, batch_size=100)
+    after, held, *inside = caches
+    context, num_questions = groups[0].context.shape[1], groups[0].questions.shape[1]
+    each = (96 - context) // num_questions
+    assert len(inside) == num_questions and held.get_seq_length() == max(0, context - 64)
+    assert after.get_seq_length() == 96
+    for cache in inside:
+        assert cache.get_seq_length() == context + each
+        assert cache.num_stored == [(context + each) // 4] * len(cache.num_stored)
+    kept = [cache.positions[0] for cache in inside]
+    assert not all(torch.equal(kept[0], other) for other in kept[1:])
 
 
 @pytest.mark.parametrize("policy", ["kvzip", "oracle"])

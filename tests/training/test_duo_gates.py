@@ -204,7 +204,7 @@ def test_the_job_saves_what_the_policy_goes_by(tmp_path, model, source):
     folder = save_with_task(model, source, tmp_path / "model")
     result = start(folder, tmp_path / "run")
     assert result.calibration == str(tmp_path / "run" / "calibration")
-    fitted = calibration.fitted([result.calibration], "policy", Component("duo-attention"), model.config)
+    fitted = calibration.fitted([result.calibration], "policy", Component("duo-attention"), model.config)[1]
     assert fitted["gates"].tolist() == [pytest.approx(heads, abs=1e-6) for heads in result.gates]
     asked = Component("duo-attention", {"sinks": 4})
     with pytest.raises(UsageError, match="fitted with sinks 2, not 4"):

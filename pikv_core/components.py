@@ -1,4 +1,4 @@
-"""Types of recipe fields that name a registered member: `h2o`, or `{name: h2o, heavy_share: 0.3}`."""
+"""Types of recipe fields that name a registered member: `h2o`, `{name: h2o, heavy_share: 0.3}`, `switch:h2o+snapkv`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Component:
 
 @dataclass(frozen=True)
 class MemberOf:
-    """Mark a recipe field of type Component: `name` or `{name: ..., option: ...}` of a registry."""
+    """Mark a recipe field of type Component: `name`, `name:a+b` or `{name: ..., option: ...}` of a registry."""
 
     registry: str
 
@@ -45,7 +45,10 @@ class MemberOf:
         name = options.pop("name", None)
         if not isinstance(name, str):
             raise PydanticCustomError("component", "{text}", {"text": f"expected the name of a {registry.kind}"})
+        name, colon, listed = name.partition(":")
         component_check(registry, name)
+        if colon:
+            options = {**_listed(registry, name, listed), **options}
         if options:
             check_options(registry[name], options, registry.kind)
         return Component(name, options)
@@ -63,6 +66,15 @@ class NameIn:
     def validate(self, name: str) -> str:
         component_check(find_registry(self.registry), name)
         return name
+
+
+def _listed(registry: Registry, name: str, listed: str) -> dict[str, list[str]]:
+    """Return the option that a member lists after `name:`, or raise pydantic's error."""
+    option = getattr(registry[name], "listed", None)
+    if option is None:
+        text = f"{registry.kind} '{name}' takes nothing after ':', got '{listed}'"
+        raise PydanticCustomError("component", "{text}", {"text": text})
+    return {option: [part.strip() for part in listed.split("+")]}
 
 
 def find_registry(path: str) -> Registry:
@@ -86,7 +98,10 @@ def check_options(member: Any, options: Mapping[str, Any], kind: str) -> None:
                 + f"; it takes: {', '.join(allowed) or 'none'}"
             },
         )
-    TypeAdapter(member).validate_python(dict(options))
+    try:
+        TypeAdapter(member).validate_python(dict(options))
+    except UsageError as error:
+        raise _as_pydantic(error) from None
 
 
 def build(registry: Registry, component: Component) -> Any:
@@ -99,5 +114,9 @@ def component_check(registry: Registry, name: str) -> None:
     try:
         registry.check(name)
     except UsageError as error:
-        text = f"{error.message}; {error.hint}"
-        raise PydanticCustomError("component", "{text}", {"text": text}) from None
+        raise _as_pydantic(error) from None
+
+
+def _as_pydantic(error: UsageError) -> PydanticCustomError:
+    """Return the error as pydantic's, which is told with its place in the recipe."""
+    return PydanticCustomError("component", "{text}", {"text": f"{error.message}; {error.hint}"})

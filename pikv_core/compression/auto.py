@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -30,6 +30,7 @@ class Auto(CalibratedCodec):
     from, each with its own defaults.
     """
 
+    listed: ClassVar[str] = "candidates"  # what `auto:int8+svd` names
     bytes_share: Annotated[float, Field(gt=0, le=1)] = 0.25
     candidates: Annotated[tuple[CodecName, ...], Field(min_length=1)] = ("none", "int8", "fp8", "int4", "int2", "svd")
 

@@ -22,17 +22,10 @@ def parse(text: str) -> dict[str, Any]:
     """
     body, at, allocation = text.partition("@")
     head, colon, rest = body.partition(":")
-    if colon and head.strip() != SWITCH:
-        raise _problem(text, f"'{head}' takes no policies after ':'", f"for example {SWITCH}:h2o+snapkv")
     policies, codecs = _split(text, rest if colon else body)
-    if colon:
-        if len(policies) < 2 or len(codecs) > 1:
-            raise _problem(text, f"{SWITCH} takes two policies or more and at most one codec", "switch:h2o+snapkv+int8")
-        policy: Any = {"name": SWITCH, "policies": policies}
-    else:
-        if len(policies) > 1 or len(codecs) > 1:
-            raise _problem(text, "at most one policy and one codec", "for example h2o+int8")
-        policy = (policies or ["full"])[0]
+    if (len(policies) > 1 and not colon) or len(codecs) > 1:
+        raise _problem(text, "at most one policy and one codec", f"for example h2o+int8, {SWITCH}:h2o+snapkv+int8")
+    policy = f"{head.strip()}:{'+'.join(policies)}" if colon else (policies or ["full"])[0]
     method: dict[str, Any] = {"policy": policy, "codec": (codecs or ["none"])[0]}
     return {**method, "allocation": allocation.strip()} if at else method
 

@@ -54,6 +54,7 @@ class Switch(Evictor):
     step before. A candidate that decides once stays with what it saw of the last prompt, and keeps all later tokens.
     """
 
+    listed: ClassVar[str] = "policies"  # what `switch:h2o+snapkv` names
     policies: tuple[str, ...] = ("h2o", "snapkv")
     margin: Annotated[float, Field(ge=0)] = 0.02
     patience: Annotated[int, Field(ge=1)] = 8

@@ -15,10 +15,12 @@ def generate(
     shared: options.Shared,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - or nothing reads stdin.")] = None,
     model: Annotated[str | None, typer.Option(metavar="DIR", help="Model or run folder, or a hub id.")] = None,
-    policy: Annotated[str | None, typer.Option(help="Which tokens stay or are read.")] = None,
+    policy: Annotated[str | None, typer.Option(metavar="h2o|switch:h2o+tova", help="Which tokens stay.")] = None,
     budget: Annotated[str | None, typer.Option(metavar="0.5|512|64MiB", help="Share, tokens or bytes.")] = None,
     allocation: Annotated[str | None, typer.Option(help="How the budget is spread over layers.")] = None,
     codec: Annotated[str | None, typer.Option(help="How a stored token is represented.")] = None,
+    calibration: Annotated[list[str], typer.Option(metavar="DIR", help="What was fitted to the model.")] = (),  # type: ignore[assignment]
+    rerotate: Annotated[bool | None, typer.Option("--rerotate", help="Move kept keys up to one another.")] = None,
     prompt_file: Annotated[str | None, typer.Option(metavar="FILE", help="Read the prompt from a file.")] = None,
     prompts: Annotated[str | None, typer.Option(metavar="JSONL", help="Many prompts: key `prompt`.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Prompts at a time.")] = None,
@@ -37,6 +39,8 @@ def generate(
         "cache.budget": options.listed(budget)[0] if budget else None,
         "cache.allocation": allocation,
         "cache.codec": codec,
+        "cache.calibration": list(calibration),
+        "cache.rerotate": rerotate,
         "prompt_file": prompt_file,
         "prompts": prompts,
         "batch_size": batch_size,
@@ -52,10 +56,11 @@ def generate(
 
 def _show(result: Any, folder: Path) -> None:
     ratio = result.resident_bytes / result.full_bytes
+    events = f", {len(result.events)} events" if result.events else ""
     speed = "" if result.tokens_per_s is None else f"{result.tokens_per_s:.1f} tokens/s, "
     typer.echo(
         f"{result.policy}, {result.codec}, budget {result.budget}: {result.resident_bytes:,} bytes resident "
-        f"({ratio:.3f} of {result.full_bytes:,}), peak {result.peak_bytes:,}; "
+        f"({ratio:.3f} of {result.full_bytes:,}), peak {result.peak_bytes:,}{events}; "
         f"{speed}first token after {result.time_to_first_token_s:.3f} s "
         f"({result.backend}); details: {folder}",
         err=True,

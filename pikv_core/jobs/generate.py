@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pikv_core.data.prompt_files import read_prompts
 from pikv_core.runs import Run, find_model
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class GenerateResult:
     """A run of `generate`; bytes are of the largest batch, times of all together.
 
-    With many prompts `text` and `token_ids` are None and `completions` holds each.
+    With many prompts `text` and `token_ids` are None and `completions` holds each. events: what the policy tells of the
+    run, such as a switch: its layer, its step in tokens seen, and why; with many prompts, the number of the batch too.
     """
 
     text: str | None
@@ -36,6 +37,7 @@ class GenerateResult:
     backend: str
     model: str
     completions: list[Completion] | None
+    events: list[dict[str, Any]]
 
 
 def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
@@ -52,10 +54,13 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
     single = recipe.prompts is None
     completions: list[Completion] = []
     costs: list[BatchCost] = []
+    events: list[dict[str, Any]] = []
     for start in range(0, len(prompts), recipe.batch_size):
         part = prompts[start : start + recipe.batch_size]
-        found, cost = generate_batch(loaded, recipe, part, run.reporter, stream=single)
+        cache = loaded.new_cache(recipe)
+        found, cost = generate_batch(loaded, recipe, part, cache, run.reporter, stream=single)
         completions += found
+        events += cache.events if single else [{"batch": len(costs), **event} for event in cache.events]
         costs.append(cost)
         for completion in [] if single else found:
             line = {"prompt": completion.prompt, "text": completion.text}
@@ -81,10 +86,23 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
         backend=loaded.backend,
         model=loaded.source,
         completions=None if single else completions,
+        events=events,
     )
     for name in ("resident_bytes", "peak_bytes", "full_bytes", "time_to_first_token_s"):
         run.telemetry.scalar(f"generate/{name}", getattr(result, name))
     if result.tokens_per_s is not None:
         run.telemetry.scalar("generate/tokens_per_s", result.tokens_per_s)
+    _log_switches(events, run)
     run.finish(result, {"attention": loaded.backend})
     return result
+
+
+def _log_switches(events: list[dict[str, Any]], run: Run) -> None:
+    """Log the recall that each candidate had when a layer switched, at that step."""
+    run.telemetry.scalar("generate/events", len(events))
+    for event in events:
+        if event.get("event") != "switch":
+            continue
+        place = f"generate/switch/layer{event['layer']}"
+        for name, recall in event["recall"].items():
+            run.telemetry.scalar(f"{place}/recall/{name}", recall, event["step"])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
+from pikv_core.cache import PiKVCache
 from pikv_core.errors import UsageError
 from pikv_core.model.loading import LoadedModel
 from pikv_core.model.steps import prefill
@@ -47,9 +48,14 @@ class BatchCost:
 
 
 def generate_batch(
-    loaded: LoadedModel, recipe: GenerateRecipe, prompts: list[str], reporter: Reporter, stream: bool
+    loaded: LoadedModel,
+    recipe: GenerateRecipe,
+    prompts: list[str],
+    cache: PiKVCache,
+    reporter: Reporter,
+    stream: bool,
 ) -> tuple[list[Completion], BatchCost]:
-    """Generate for prompts padded on the left to one length, through one new cache.
+    """Generate for prompts padded on the left to one length, through a cache that is empty.
 
     stream: hand pieces of the (one) completion to the reporter as they are finished.
     """
@@ -60,7 +66,6 @@ def generate_batch(
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not recipe.chat).to(model.device)
     length = inputs["input_ids"].shape[1]
     loaded.check_length(length + recipe.max_new_tokens - 1, reporter)
-    cache = loaded.new_cache(recipe)
     clock = _Clock()
     if cache.looks is not None:
         prefill(model, cache, inputs["input_ids"][:, :-1], is_token=inputs["attention_mask"][:, :-1].bool())

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from pikv_core import recipes
+from pikv_core.cache import by_hand
 from pikv_core.cache.attention import ENTRY
 from pikv_core.cache.budget import Budget, Shape
 from pikv_core.cache.layer import CacheLayer
@@ -20,7 +21,7 @@ from pikv_core.cache.support import check_recipe, windows
 from pikv_core.components import Component, build
 from pikv_core.compression import CODECS
 from pikv_core.compression.base import Codec
-from pikv_core.errors import PiKVError
+from pikv_core.errors import PiKVError, UsageError
 from pikv_core.observation import LayerRun
 from pikv_core.registry import Registry
 from pikv_core.scheduling import POLICIES
@@ -165,6 +166,26 @@ class PiKVCache(Cache):
     def num_stored(self) -> list[int]:
         """Slots per head of each layer; the mean, rounded up, where heads are unequal."""
         return [layer.num_stored for layer in self.own_layers]
+
+    def append(
+        self,
+        layer_id: int,
+        token_id: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        q: torch.Tensor | None = None,
+        scale: float | None = None,
+    ) -> torch.Tensor | None:
+        """Hand a layer its next token, or several, without a model; return what `q` attends to, None without it.
+
+        k, v: [G,D], [B,G,D] or [B,G,T,D], keys as attention uses them. q: the same with H heads; it sees these tokens
+        and all that are left of those before them. token_id: how many tokens the layer has seen before. scale: of the
+        logits, by default D^-1/2. Several tokens at once are a prompt. Raises UsageError for a token out of order, and
+        without q where policy, allocation or codec goes by attention.
+        """
+        if not 0 <= layer_id < len(self.layers):
+            raise UsageError(f"no layer {layer_id}", hint=f"the layers are 0 to {len(self.layers) - 1}")
+        return by_hand.append(self.own_layers[layer_id], token_id, k, v, q, scale)
 
     def retrieve(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return a layer's keys and values [B,G,S,D], decoded, and their true positions [B,G,S] (-1: empty)."""

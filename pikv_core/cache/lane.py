@@ -8,7 +8,7 @@ Shapes: B rows of this lane, H query heads, G key/value heads of this lane, R = 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,10 +119,17 @@ class Lane:
         """Return true positions [B,G,S] of all stores, -1 for slots that hold nothing."""
         return torch.cat([store.position for store in self.stores], dim=2)
 
-    def arrive(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> None:
-        """Append new tokens [B,G,T,D] at `position` [B,T] to the tail."""
+    def arrive(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        position: torch.Tensor,
+        columns: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Append new tokens [B,G,T,D] at `position` [B,T] to the tail; columns [B,G,T]: those that do not start at 0."""
         by_head = position[:, None].expand(*keys.shape[:3])
-        self.tail.append(keys, values, by_head, {SCORE: by_head.float()} if self.plan.decides_once else None)
+        own = {SCORE: by_head.float()} if self.plan.decides_once else {}
+        self.tail.append(keys, values, by_head, {**own, **(columns or {})})
         if self.bounds is not None and self.body is None:
             self.bounds.append(keys, by_head >= 0 if self.has_empty else None)
 

@@ -5,7 +5,7 @@ Shapes: B batch, H query heads, G key/value heads, R = H/G, T new tokens, S stor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from pikv_core.cache.budget import Budget, Shape
 from pikv_core.cache.lane import Lane, LayerPlan
 from pikv_core.cache.store import EMPTY
 from pikv_core.compression.base import Codec
-from pikv_core.errors import PiKVError
+from pikv_core.errors import PiKVError, UsageError
 from pikv_core.observation import LayerRun, Observer
 from pikv_core.scheduling.allocation.base import Allocation
 from pikv_core.scheduling.base import Evictor, Policy, Selector
@@ -23,6 +23,7 @@ from pikv_core.scheduling.base import Evictor, Policy, Selector
 # What attention code asks of keys and values, if it takes them for tensors.
 TENSOR_ATTRIBUTES = {"shape", "size", "dim", "ndim", "to", "view", "reshape", "transpose", "permute", "contiguous"}
 TENSOR_ATTRIBUTES |= {"chunk", "split", "unsqueeze", "repeat", "mT", "T"}
+KINDS: dict[type, str] = {Evictor: "policy", Allocation: "allocation", Codec: "codec"}
 
 
 class NotThroughTheEntry(PiKVError, AttributeError):
@@ -140,6 +141,11 @@ class CacheLayer(CacheLayerMixin):
     arrived: tuple[torch.Tensor, torch.Tensor]  # keys and values between `update` and `attend`
 
     @property
+    def dimensions(self) -> tuple[int, int, int]:
+        """Rows of the batch, key/value heads, channels of a head, once there are tokens."""
+        return len(self.num_seen), self._shape.num_kv_heads, self._shape.head_dim
+
+    @property
     def num_stored(self) -> int:
         """Slots per head, empty ones included; the mean where heads are unequal, rounded up."""
         pairs = sum(lane.head.numel() for lane in self.lanes)
@@ -207,14 +213,7 @@ class CacheLayer(CacheLayerMixin):
         query: [B,H,T,D]. is_token: bool [B,T], False for padding among the new tokens; None where there is none.
         sinks: logits [H] that take attention and give nothing.
         """
-        keys, values = self.arrived
-        del self.arrived
-        T = query.shape[2]
-        is_prompt = T > 1 or self.held
-        self._check_finite(keys, values)
-        if is_prompt and not self._scoring and self.evictor is not None and self.evictor.looks is None:
-            self._set_scoring(True)
-        position = self._positions_of_new(keys, is_token)
+        keys, values, position, is_prompt = self._take(is_token)
         if self.evictor is not None and self.evictor.sees_queries and is_prompt:
             self.evictor.observe_queries(query, position, self.run)
         watchers = self._watchers(is_prompt)
@@ -235,19 +234,65 @@ class CacheLayer(CacheLayerMixin):
             else:
                 by_pair = output.view(len(query) * self._shape.num_kv_heads, -1, *query.shape[2:])
                 by_pair[lane.pairs.to(output.device)] = attended
-        self.seen_length += T
+        self._end_step(query.shape[2], is_prompt)
+        return output
+
+    def append(
+        self, keys: torch.Tensor, values: torch.Tensor, columns: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Take new tokens [B,G,T,D] that nothing attends from, then drop and encode.
+
+        columns: statistics [B,T] of these tokens, by name, in place of what attention would have told. Raises
+        UsageError where policy, allocation or codec goes by attention and is not told so.
+        """
+        given = columns or {}
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self._refuse_without_queries(keys.shape[2] > 1 or self.held or self._scoring, given)
+        self.update(keys, values)
+        keys, values, position, is_prompt = self._take(None)
+        for lane in self.lanes:
+            own = {name: lane.of_rows(x)[:, None].expand(lane.of_heads(keys).shape[:3]) for name, x in given.items()}
+            lane.arrive(lane.of_heads(keys), lane.of_heads(values), lane.of_rows(position), own)
+        self._end_step(keys.shape[2], is_prompt)
+
+    def _refuse_without_queries(self, is_prompt: bool, given: Mapping[str, torch.Tensor]) -> None:
+        """Raise UsageError where somebody waits for attention, and is not given all of his columns."""
+        waiting = [x for x in self._watchers(is_prompt) if not x.columns or not given.keys() >= {*x.columns}]
+        if self.evictor is not None and self.evictor.sees_queries and is_prompt:
+            waiting.append(self.evictor)
+        for watcher in waiting:
+            if not watcher.without_queries:
+                kind = next(kind for base, kind in KINDS.items() if isinstance(watcher, base))
+                raise UsageError(
+                    f"{kind} '{watcher.name}' goes by attention, and the tokens came without queries",
+                    hint="give the queries too, or choose what needs none, such as the policies lru and streaming-llm",
+                )
+
+    def _take(self, is_token: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
+        """Return the new keys and values, their positions [B,T], and whether they are of a prompt."""
+        keys, values = self.arrived
+        del self.arrived
+        is_prompt = keys.shape[2] > 1 or self.held
+        self._check_finite(keys, values)
+        if is_prompt and not self._scoring and self.evictor is not None and self.evictor.looks is None:
+            self._set_scoring(True)
+        return keys, values, self._positions_of_new(keys, is_token), is_prompt
+
+    def _end_step(self, num_new: int, is_prompt: bool) -> None:
+        self.seen_length += num_new
         self._on_change(self.index)
         if self.held:
             self._seen_since_hold[self.seen_length] = self.num_seen
         else:
             self._after_step(self.index, is_prompt)
-        return output
 
     def _check_finite(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Refuse NaN and infinity; of single tokens on the CPU alone, where asking costs nothing."""
         if keys.shape[2] == 1 and keys.is_cuda:
             return
-        if not (keys.isfinite().all() and values.isfinite().all()):
+        total = keys.sum(dtype=torch.float32) + values.sum(dtype=torch.float32)  # takes on what any of them is not
+        if not total.isfinite():
             raise PiKVError(
                 f"layer {self.index}: the model's keys or values are not finite after {self.seen_length} tokens",
                 hint="run in --dtype float32 or bfloat16, and check the model's weights",

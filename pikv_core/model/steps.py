@@ -54,7 +54,7 @@ def prefill(
     logits = feed(model, cache, ids, is_token)
     if cache.looks == "future":
         assert future is not None
-        look(model, cache, future)
+        look(model, cache, future, None if is_token is None else torch.ones_like(future, dtype=torch.bool))
     else:
         for start in range(0, ids.shape[1], LOOK_TOKENS):
             part = slice(max(0, start - LEAD_TOKENS) if start else 0, start + LOOK_TOKENS)

@@ -88,8 +88,11 @@ class Observer:
 
     columns: names of the float32 statistics that the stores carry along with each token, starting at 0.
     observes: how many of the newest queries of each step `observe` is to be shown; ALL for every one, 0 for none.
+    without_queries: whether tokens that came without queries are ones that nothing attended to, and no mistake.
     """
 
+    name: ClassVar[str]
+    without_queries: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ()
 
     @property

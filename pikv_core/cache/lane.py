@@ -126,7 +126,7 @@ class Lane:
         position: torch.Tensor,
         columns: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Append new tokens [B,G,T,D] at `position` [B,T] to the tail; columns [B,G,T]: those that do not start at 0."""
+        """Append new tokens [B,G,T,D] at `position` [B,T] to the tail; columns [B,G,T]: what does not start at 0."""
         by_head = position[:, None].expand(*keys.shape[:3])
         own = {SCORE: by_head.float()} if self.plan.decides_once else {}
         self.tail.append(keys, values, by_head, {**own, **(columns or {})})

@@ -27,6 +27,7 @@ class LFU(Evictor):
     """
 
     columns: ClassVar[tuple[str, ...]] = ("num_uses",)
+    without_queries: ClassVar[bool] = True
     tau: Annotated[float, Field(gt=0)] = 1.0
 
     @property

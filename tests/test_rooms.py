@@ -5,6 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("data", "moe", "model", "cache", "compression", "scheduling", "simulation", "evaluation", "training", "jobs")
+ROOMS += ("classic",)
 COMMON = {
     "errors",
     "registry",
@@ -28,7 +29,8 @@ MAY = {
     "model": {"moe", "cache"},
     "training": {"model", "moe", "cache", "data"},
     "evaluation": {"model", "cache", "data", "compression", "scheduling"},
-    "jobs": {*ROOMS} - {"jobs"},
+    "classic": {"model", "cache", "compression", "scheduling"},
+    "jobs": {*ROOMS} - {"jobs", "classic"},
 }
 
 

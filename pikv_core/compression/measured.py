@@ -38,9 +38,9 @@ def measure(codec: Codec, samples: LayerSamples) -> Measured:
     keys, values = codec.decode(encoded, position, samples.keys.dtype)
     exact = outputs(samples, samples.keys, samples.values)
     return Measured(
-        key_error=_relative(keys, samples.keys),
-        value_error=_relative(values, samples.values),
-        output_error=_relative(outputs(samples, keys, values), exact),
+        key_error=relative_error(keys, samples.keys),
+        value_error=relative_error(values, samples.values),
+        output_error=relative_error(outputs(samples, keys, values), exact),
         num_bytes=sum(x.nbytes for x in encoded.values()) + POSITION_BYTES * position.numel(),
         full_bytes=samples.keys.nbytes + samples.values.nbytes,
     )
@@ -65,6 +65,7 @@ def whole_units(samples: LayerSamples, unit_tokens: int) -> LayerSamples:
     return replace(samples, queries=queries, keys=keys, values=values, position=samples.position[:num_tokens])
 
 
-def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return ‖found − exact‖ / ‖exact‖, 0 where all is zero."""
     size = exact.float().norm().item()
     return (found.float() - exact.float()).norm().item() / size if size else 0.0

@@ -183,8 +183,8 @@ class Store:
             held = tensors.get(name)
             if held is None or held.shape[2] < rows:
                 room = self._room(rows * unit) // unit
-                # Zeros, not whatever was there: a masked slot still multiplies its value by a weight of 0.
-                grown = x.new_zeros(*x.shape[:2], room, *x.shape[3:])
+                grown = x.new_empty(*x.shape[:2], room, *x.shape[3:])
+                grown[:, :, rows:] = 0  # not whatever was there: a masked slot still multiplies its value by 0
                 if held is not None:
                     grown[:, :, :used] = held[:, :, :used]
                 tensors[name] = held = grown

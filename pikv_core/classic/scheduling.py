@@ -20,7 +20,7 @@ from pikv_core.components import build
 from pikv_core.compression.none import Plain
 from pikv_core.errors import UsageError
 from pikv_core.scheduling import POLICIES
-from pikv_core.scheduling.base import Policy, Selector
+from pikv_core.scheduling.base import Evictor, Policy, Selector
 from pikv_core.schema import CacheRecipe
 
 METADATA = ("queries", "positions", "layer_idx")
@@ -47,7 +47,8 @@ class CacheSchedulingManager:
         recipe = recipes.validate(CacheRecipe, {"policy": {"name": name, **options}, **limit}, type(self).__name__)
         check_recipe(recipe)
         self.policy: Policy = build(POLICIES, recipe.policy)
-        if self.policy.calibrated or getattr(self.policy, "looks", None) or getattr(self.policy, "sees_queries", False):
+        asks_model = isinstance(self.policy, Evictor) and (self.policy.looks or self.policy.sees_queries)
+        if self.policy.calibrated or asks_model:
             raise UsageError(
                 f"policy '{name}' goes by what only a model can tell it",
                 hint="run it in a model's cache: PiKVCache.for_model(model, {'policy': ...})",

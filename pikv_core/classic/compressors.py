@@ -91,7 +91,7 @@ class Compressor:
         self._stats = {"full_bytes": k.nbytes + v.nbytes, "num_tokens": k.shape[2]}
         self._stats |= {"key_error": key_error, "value_error": value_error}
         found = self.held.tokens()
-        return as_given(found[0], keys), as_given(found[1], values)
+        return as_given(found[0], keys.dim() == 4), as_given(found[1], values.dim() == 4)
 
     @property
     def positions(self) -> torch.Tensor:

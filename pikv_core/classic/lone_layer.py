@@ -54,6 +54,6 @@ def by_heads(x: torch.Tensor, hidden_size: int, what: str) -> torch.Tensor:
     return heads
 
 
-def as_given(x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-    """Return x [B,G,S,D] in the form of `given`: [B,S,hidden_size] where that has no dimension of heads."""
-    return x[:, 0] if given.dim() == 3 else x
+def as_given(x: torch.Tensor, has_heads: bool) -> torch.Tensor:
+    """Return x [B,G,S,D] as [B,S,hidden_size] where it was given without a dimension of heads."""
+    return x if has_heads else x[:, 0]

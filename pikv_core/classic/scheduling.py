@@ -56,7 +56,7 @@ class CacheSchedulingManager:
         self._budget = recipe.budget
         self._layers: dict[int, CacheLayer] = {}
         self._newest = 0
-        self._form = torch.empty(0)
+        self._has_heads = False
         self._num_asked = self._num_hits = 0
 
     def update_cache(
@@ -79,14 +79,14 @@ class CacheSchedulingManager:
         asked, hits = _asked(layer, k, given.get("positions"))
         q = None if queries is None else queries[:, None] if queries.dim() == 3 else queries
         output = by_hand.append(layer, layer.seen_length, k, v, q)
-        self._layers[index], self._newest, self._form = layer, index, keys[:, :0]
+        self._layers[index], self._newest, self._has_heads = layer, index, keys.dim() == 4
         self._num_asked, self._num_hits = self._num_asked + asked, self._num_hits + hits
-        return None if output is None or queries is None else as_given(output, queries)
+        return None if queries is None or output is None else as_given(output, queries.dim() == 4)
 
     def get_cached_data(self, layer_idx: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys and values of a layer, by default the last updated, by position, in the form given."""
         keys, values, _ = in_order(*self._layer(layer_idx).retrieve())
-        return as_given(keys, self._form), as_given(values, self._form)
+        return as_given(keys, self._has_heads), as_given(values, self._has_heads)
 
     def get_cached_positions(self, layer_idx: int | None = None) -> torch.Tensor:
         """Return the positions [B,G,S] of what `get_cached_data` returns."""
@@ -98,7 +98,7 @@ class CacheSchedulingManager:
         hit_rate: of the tokens that were asked for, those that were stored at that time; an update asks for all tokens
         so far, or for the "positions" in its metadata. evictions: tokens dropped, over layers, rows and heads.
         current_size: tokens of a head, the mean of all. resident_bytes: of live storage, positions and statistics
-        included; full_bytes: of all keys and values seen.
+        included; full_bytes: of all keys and values seen. events: what the policy tells of the run, such as switches.
         """
         layers = list(self._layers.values())
         seen = sum(int(layer.num_seen.sum()) * layer.dimensions[1] for layer in layers)
@@ -114,6 +114,7 @@ class CacheSchedulingManager:
             "evictions": seen - stored,
             "resident_bytes": sum(layer.resident_bytes for layer in layers),
             "full_bytes": sum(layer.full_bytes for layer in layers),
+            "events": [event for layer in layers for event in layer.run.events],
         }
 
     def _layer(self, index: int | None) -> CacheLayer:

@@ -46,6 +46,7 @@ def test_a_policy_keeps_the_cache_size_or_says_why_not(policy):
     num_kept = 45 if policy.value in ("full", "quest") else 16
     assert stats["current_size"] == num_kept and stats["evictions"] == B * (45 - num_kept)
     assert stats["full_bytes"] == 2 * B * 45 * HIDDEN * 4 and stats["policy"] == policy.value
+    assert stats["events"] == []
     held, _ = manager.get_cached_data()
     places = manager.get_cached_positions()[:, 0]
     assert held.shape == (B, num_kept, HIDDEN) and (places.diff(dim=-1) > 0).all()

@@ -281,8 +281,10 @@ class Lane:
 
     def settle(self, score: torch.Tensor) -> None:
         """Keep a score [B,G,S] that is taken once as its rank, and free the statistics it came from."""
-        order = self.position().argsort(dim=-1, stable=True)
+        position = self.position()
+        order = position.argsort(dim=-1, stable=True)
         rank = order.gather(-1, score.gather(-1, order).argsort(dim=-1, stable=True)).argsort(dim=-1).float()
+        rank -= (position < 0).sum(dim=-1, keepdim=True)  # of tokens alone, so that no rank reaches a later position
         for store, part in zip(self.stores, rank.split([store.num_slots for store in self.stores], dim=2)):
             store.columns()[SCORE].copy_(part)
         self.set_columns(scoring=False)

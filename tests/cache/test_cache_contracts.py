@@ -182,7 +182,7 @@ def test_the_same_run_keeps_the_same_tokens_in_order(cache_of, small_model, poli
 @pytest.mark.parametrize("allocation", ["uniform", "ada-kv"])
 @pytest.mark.parametrize("policy", EVICTORS)
 def test_a_padded_row_keeps_what_it_keeps_alone(cache_of, small_model, policy, allocation):
-    """No padding is kept while a real token is dropped, and a row's neighbours change nothing.
+    """No padding is kept while a real token is dropped, and a row's neighbours change nothing, steps later either.
 
     On a dense model: experts are chosen by scores that rounding can turn over.
     """
@@ -198,9 +198,19 @@ def test_a_padded_row_keeps_what_it_keeps_alone(cache_of, small_model, policy, a
     prefill(model, together, ids, future=ids[:, :16], is_token=is_token)
     alone = cache_of(arch, policy, allocation=allocation, budget=share)
     prefill(model, alone, ids[1:, pad:], future=ids[1:, :16])
-    for both, one in zip(together.positions, alone.positions):
+    check_same_tokens(together, alone)
+    for token in tokens(2, 24, seed=1).unbind(1):
+        feed(model, together, token[:, None], torch.ones(2, 1, dtype=torch.bool))
+        feed(model, alone, token[1:, None])
+    # The first layer's keys of the same token are equally long but for their rounding, which decides for knorm.
+    check_same_tokens(together, alone, first_layer=int(policy == "knorm"))
+
+
+def check_same_tokens(together, alone, first_layer=0):
+    """Compare what the second row keeps in a batch with what it keeps alone."""
+    for both, one in list(zip(together.positions, alone.positions))[first_layer:]:
         for mixed, own in zip(both[1], one[0]):
-            assert mixed[mixed >= 0].tolist() == own[own >= 0].tolist()
+            assert sorted(mixed[mixed >= 0].tolist()) == sorted(own[own >= 0].tolist())
 
 
 @pytest.mark.parametrize("codec", ["none", "int8"])

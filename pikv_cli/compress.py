@@ -17,17 +17,29 @@ COLUMNS += ["ruler", "attention_error", "attention_mass", "ms_per_token"]
 def compress(
     shared: options.Shared,
     model: Annotated[str | None, typer.Option(metavar="DIR", help="Model or run folder, or a hub id.")] = None,
-    method: Annotated[str | None, typer.Option(metavar="A,B+C@D", help="Policy, codec, both; @ allocation.")] = None,
-    budget: Annotated[str | None, typer.Option(metavar="0.5,512", help="Shares, tokens or bytes (64MiB).")] = None,
-    allocation: Annotated[str | None, typer.Option(metavar="A,B", help="How budgets spread over layers.")] = None,
-    tasks: Annotated[str | None, typer.Option(metavar="recall,ruler", help="And perplexity, agreement.")] = None,
-    target: Annotated[str | None, typer.Option(metavar="recall=0.99", help="Report the least bytes for it.")] = None,
-    calibration: Annotated[list[str], typer.Option(metavar="DIR", help="What --calibrate saved.")] = (),  # type: ignore[assignment]
-    calibrate: Annotated[bool, typer.Option("--calibrate", help="Fit the methods' codecs to the model.")] = False,
+    method: Annotated[
+        str | None, typer.Option(metavar="A,B+C@D", help="Policy, codec, both; switch:a+b; @ allocation.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="0.5,512", help="Shares of the tokens, tokens per head, bytes (64MiB).")
+    ] = None,
+    allocation: Annotated[
+        str | None, typer.Option(metavar="A,B", help="How budgets spread, where no @ says it.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="A,B", help="recall, perplexity, agreement, ruler.")] = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="recall=0.99", help="Report the fewest bytes that reach it.")
+    ] = None,
+    calibration: Annotated[
+        list[str], typer.Option(metavar="DIR", help="What --calibrate or `pikv train` fitted; repeatable.")
+    ] = (),  # type: ignore[assignment]
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Fit the methods' codecs, measure nothing.")] = False,
     save: Annotated[str | None, typer.Option(metavar="DIR", help="Where --calibrate writes.")] = None,
     text: options.TextPaths = (),  # type: ignore[assignment]
     column: Annotated[str | None, typer.Option(help="The text column of jsonl and parquet files.")] = None,
-    question: Annotated[str | None, typer.Option(metavar="inside|after", help="Whether policies see it.")] = None,
+    question: Annotated[
+        str | None, typer.Option(metavar="inside|after", help="Compress with the question in sight, or before it.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with this sweep.")] = None,
 ) -> None:
     """Compare cache methods on a model: recall, perplexity, agreement, RULER, attention error, bytes, ms per token."""

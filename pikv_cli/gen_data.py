@@ -13,16 +13,17 @@ from pikv_cli import options, output
 @options.verb
 def gen_data(
     shared: options.Shared,
-    task: Annotated[str | None, typer.Argument(help="recall, requests or text.")] = None,
+    task: Annotated[str | None, typer.Argument(help="recall, requests, ruler or text.")] = None,
     text: options.TextPaths = (),  # type: ignore[assignment]
     column: Annotated[
         str | None, typer.Option(metavar="NAME", help="The text column of jsonl and parquet files.")
     ] = None,
     filler: Annotated[
-        str | None, typer.Option(metavar="synthetic|text", help="What lies between recall's needles.")
+        str | None,
+        typer.Option(metavar="synthetic|text|noise", help="Around needles: recall synthetic|text, ruler text|noise."),
     ] = None,
     num_samples: Annotated[
-        int | None, typer.Option(help="Samples, both splits together; of text, documents at most.")
+        int | None, typer.Option(help="Samples, splits together; of text, documents at most.")
     ] = None,
 ) -> None:
     """Write a task's data: samples in a train and a test split, tokenizer, manifest with sha256."""

@@ -17,10 +17,14 @@ def generate(
     model: Annotated[str | None, typer.Option(metavar="DIR", help="Model or run folder, or a hub id.")] = None,
     policy: Annotated[str | None, typer.Option(metavar="h2o|switch:h2o+tova", help="Which tokens stay.")] = None,
     budget: Annotated[str | None, typer.Option(metavar="0.5|512|64MiB", help="Share, tokens or bytes.")] = None,
-    allocation: Annotated[str | None, typer.Option(help="How the budget is spread over layers.")] = None,
+    allocation: Annotated[str | None, typer.Option(help="How the budget spreads over layers and heads.")] = None,
     codec: Annotated[str | None, typer.Option(help="How a stored token is represented.")] = None,
-    calibration: Annotated[list[str], typer.Option(metavar="DIR", help="What was fitted to the model.")] = (),  # type: ignore[assignment]
-    rerotate: Annotated[bool | None, typer.Option("--rerotate", help="Move kept keys up to one another.")] = None,
+    calibration: Annotated[
+        list[str], typer.Option(metavar="DIR", help="What was fitted to the model; repeatable.")
+    ] = (),  # type: ignore[assignment]
+    rerotate: Annotated[
+        bool | None, typer.Option("--rerotate", help="Read kept keys at positions 0, 1, 2, ...")
+    ] = None,
     prompt_file: Annotated[str | None, typer.Option(metavar="FILE", help="Read the prompt from a file.")] = None,
     prompts: Annotated[str | None, typer.Option(metavar="JSONL", help="Many prompts: key `prompt`.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Prompts at a time.")] = None,

@@ -13,7 +13,9 @@ from pikv_cli import options, output
 @options.verb
 def train(
     shared: options.Shared,
-    start: Annotated[str | None, typer.Option(metavar="DIR", help="The model to learn head gates of.")] = None,
+    start: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The trained model, where a recipe learns head gates.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with this run, exactly.")] = None,
 ) -> None:
     """Train a model into a folder that AutoModelForCausalLM loads, or learn what duo-attention needs of one."""

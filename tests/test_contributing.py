@@ -71,9 +71,10 @@ def command(block, *more, **environment):
     )
 
 
-def shown(start):
-    """Return the command of CONTRIBUTING that starts so."""
-    return next(block for block in re.findall(r"^```\n(.*?)```", TEXT, re.DOTALL | re.MULTILINE) if start in block)
+def shown(part):
+    """Return the command of CONTRIBUTING that has this in it."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+    return next(block for language, block in blocks if not language and part in block)
 
 
 def test_the_policy_keeps_peaks_and_the_newest(files, small_model):

@@ -16,8 +16,9 @@ DOCUMENTS = ["README.md", "data/README.md", "docs/methods.md"]
 def commands(document):
     """Return the arguments of each `pikv` in a document's blocks, without comments."""
     found = []
-    for block in re.findall(r"^```\n(.*?)```", (ROOT / document).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
-        for line in block.replace("\\\n", " ").splitlines():
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        for line in [] if language else block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] == ["torchrun"]:
                 words = words[words.index("pikv_cli") :]

@@ -355,7 +355,7 @@ class Lane:
         lane = Lane(self.plan, pairs, self.head.flatten()[pairs][:, None])
         on_device = pairs.to(self.tail.position.device)
         lane.tail = self.tail.part(on_device, self.tail.codec)
-        if self.body is not None and lane.body is not None and self.body.num_slots:
+        if self.body is not None and lane.body is not None:
             lane.body = self.body.part(on_device, lane.body.codec)
         lane.has_empty, lane.in_order = self.has_empty, self.in_order
         assert self.bounds is None

@@ -365,7 +365,7 @@ class CacheLayer(CacheLayerMixin):
         lane = self.lanes[0]
         if self.allocation.splits_heads and self._head_share is None and lane.needs_eviction(capacity):
             heads = self.allocation.heads(scores[0], capacity[:, 0].to(scores[0].device)).cpu()
-            self._head_share = heads.double() / capacity[:, :1].double()
+            self._head_share = (heads.double() / capacity[:, :1].double()).nan_to_num(1.0)  # a row may be padding alone
             capacity = heads
         if bool((capacity != capacity[:, :1]).any()):
             self.lanes = lane.split(capacity)

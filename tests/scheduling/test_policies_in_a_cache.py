@@ -10,6 +10,7 @@ from small_models import use_stock_attention
 
 from pikv_core.cache import PiKVCache
 from pikv_core.components import Component
+from pikv_core.model.steps import feed
 from pikv_core.scheduling.allocation.pyramid import Pyramid
 from pikv_core.scheduling.keydiff import KeyDiff
 from pikv_core.scheduling.knorm import KNorm
@@ -225,3 +226,31 @@ def test_ada_kv_frees_what_it_takes_from_a_head(small_model, prompts):
     assert unequal >= 3
     page = 8 * (2 * 16 * 4 + 8)  # slots, of keys and values of 16 float32, a position and a sum each
     assert cache.resident_bytes <= uniform.resident_bytes + 3 * 4 * page
+
+
+def test_heads_share_the_budget_of_a_row_that_has_only_had_padding(small_model, prompts):
+    """The second row's first tokens come after the heads' shares were decided; from then on it holds its half."""
+    model, ids = small_model("llama"), prompts[0]
+    cache = PiKVCache.for_model(model, {"policy": "h2o", "allocation": "ada-kv", "budget": 0.5})
+    is_token = torch.ones(2, 20, dtype=torch.bool)
+    is_token[1] = False
+    feed(model, cache, ids[:, :20], is_token)
+    for _ in range(2):
+        feed(model, cache, ids[:, 20:30], torch.ones(2, 10, dtype=torch.bool))
+    for layer in range(3):
+        assert [len(held(cache, layer, 1, head)) for head in range(2)] == [10, 10]
+
+
+def test_statistics_go_once_a_score_is_taken_in_lanes_too(small_model, prompts):
+    policy = {"name": "snapkv", "window": 2}
+    recipe = {
+        "policy": policy,
+        "allocation": "ada-kv",
+        "codec": {"name": "int8", "group": 8, "residual": 8},
+        "budget": 0.5,
+    }
+    cache = PiKVCache.for_model(small_model("llama"), recipe)
+    feed(small_model("llama"), cache, prompts[0][:1])
+    lanes = [lane for layer in cache.own_layers for lane in layer.lanes]
+    assert len(lanes) > 3
+    assert all([*store.columns()] == ["score"] for lane in lanes for store in lane.stores)

@@ -229,7 +229,7 @@ class TrainRecipe(Recipe):
     @model_validator(mode="after")
     def _gates_or_a_model(self) -> TrainRecipe:
         if (self.start is None) != (self.duo_gates is None):
-            text = "start and duo_gates go together: gates are learned from the trained model that start names"
+            text = "start and duo_gates go together: gates are learned from the trained model that start names; see recipes/train/duo-gates.yaml"
             raise PydanticCustomError("sizes", "{text}", {"text": text})
         given = [name for name in ("model", "data", "train") if name in self.model_fields_set]
         if self.duo_gates is not None and given:

@@ -229,7 +229,8 @@ class TrainRecipe(Recipe):
     @model_validator(mode="after")
     def _gates_or_a_model(self) -> TrainRecipe:
         if (self.start is None) != (self.duo_gates is None):
-            text = "start and duo_gates go together: gates are learned from the trained model that start names; see recipes/train/duo-gates.yaml"
+            text = "start and duo_gates go together: gates are learned from the trained model that start names"
+            text += "; recipes/train/duo-gates.yaml has both"
             raise PydanticCustomError("sizes", "{text}", {"text": text})
         given = [name for name in ("model", "data", "train") if name in self.model_fields_set]
         if self.duo_gates is not None and given:

@@ -136,7 +136,10 @@ class PiKVCache(Cache):
         return None if evictor is None else evictor.looks
 
     def look(self) -> None:
-        """Let a policy that looks observe what is fed from now on, while the cache is held, until `compress`."""
+        """Let a policy that looks observe what is fed from now on, while the cache is held, until `compress`.
+
+        Raises UsageError where it is not held.
+        """
         for layer in self.own_layers:
             layer.look()
 
@@ -209,7 +212,7 @@ class PiKVCache(Cache):
         self._codecs = None
 
     def rewind(self, num_tokens: int) -> None:
-        """Forget the newest tokens, fed while the cache was held."""
+        """Forget the newest tokens; raises UsageError where they were not fed while the cache was held."""
         for layer in self.own_layers:
             layer.rewind(num_tokens)
 

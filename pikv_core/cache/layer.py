@@ -23,6 +23,7 @@ from pikv_core.scheduling.base import Evictor, Policy, Selector
 # What attention code asks of keys and values, if it takes them for tensors.
 TENSOR_ATTRIBUTES = {"shape", "size", "dim", "ndim", "to", "view", "reshape", "transpose", "permute", "contiguous"}
 TENSOR_ATTRIBUTES |= {"chunk", "split", "unsqueeze", "repeat", "mT", "T"}
+NOT_HELD = "only tokens that were fed while the cache was held can be forgotten"
 KINDS: dict[type, str] = {Evictor: "policy", Allocation: "allocation", Codec: "codec"}
 
 
@@ -74,6 +75,7 @@ class CacheLayer(CacheLayerMixin):
         self.lanes: list[Lane] = []
         self.seen_length = 0
         self.held = self.looking = False
+        self._held_length = 0  # tokens seen when `hold` was called
         self._seen_since_hold: dict[int, torch.Tensor] = {}  # tokens of each row's sequence, by length seen
         self._scoring = True  # a score that is taken once is still to come
         self._head_share: torch.Tensor | None = None  # [B,G]: of the layer's tokens per head, once heads are unequal
@@ -131,6 +133,7 @@ class CacheLayer(CacheLayerMixin):
         rows = torch.arange(len(self.num_seen))[indices.cpu()]
         self.run.select_rows(rows)
         self.num_seen = self.num_seen[rows]
+        self._seen_since_hold = {length: x[rows] for length, x in self._seen_since_hold.items() if length}
         if self._head_share is not None:
             self._head_share = self._head_share[rows]
         for lane in self.lanes:
@@ -391,11 +394,13 @@ class CacheLayer(CacheLayerMixin):
 
     def hold(self) -> None:
         """Drop and encode nothing until `compress`."""
-        self.held = True
+        self.held, self._held_length = True, self.seen_length
         self._seen_since_hold = {self.seen_length: self.num_seen}
 
     def look(self) -> None:
-        """Let the attention of what is fed until `compress` be what a policy that looks observes."""
+        """Let the attention of what is fed until `compress` be what a policy that looks observes; it has to be held."""
+        if not self.held:
+            raise UsageError(NOT_HELD, hint="call cache.hold() before what is to be forgotten is fed")
         self.looking = True
         if not self._scoring:
             self._set_scoring(True)
@@ -408,12 +413,15 @@ class CacheLayer(CacheLayerMixin):
     def rewind(self, num_tokens: int) -> None:
         """Forget the newest tokens since `hold`; what evictors learnt from them stays.
 
-        What is left of a step that is forgotten in part must be without padding.
+        What is left of a step that is forgotten in part must be without padding. Raises UsageError where they are not
+        held.
         """
-        self.seen_length -= num_tokens
-        known = max((length for length in self._seen_since_hold if length <= self.seen_length), default=-1)
-        assert self.held and known >= 0
+        left = self.seen_length - num_tokens
+        if not self.held or left < self._held_length:
+            raise UsageError(NOT_HELD, hint="call cache.hold() before what is to be forgotten is fed")
+        self._seen_since_hold = {length: x for length, x in self._seen_since_hold.items() if length <= left}
+        known = max(self._seen_since_hold, default=0)
+        before = self._seen_since_hold[known] if known else torch.zeros_like(self.num_seen)
+        self.seen_length, self.num_seen = left, before + left - known
         for lane in self.lanes:
             lane.rewind(num_tokens)
-        before = self._seen_since_hold[known] if known else torch.zeros_like(self.num_seen)
-        self.num_seen = before + self.seen_length - known

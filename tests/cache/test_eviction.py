@@ -8,6 +8,7 @@ from small_models import CONFIGS, use_stock_attention
 from pikv_core.cache import PiKVCache
 from pikv_core.components import Component
 from pikv_core.errors import PiKVError, UsageError
+from pikv_core.model.steps import feed
 from pikv_core.scheduling.h2o import H2O
 from pikv_core.scheduling.streaming_llm import StreamingLLM
 from pikv_core.schema import CacheRecipe
@@ -234,6 +235,32 @@ def test_misuse_is_told(small_model):
         cache.own_layers[0].transpose(1, 2)
     with pytest.raises(PiKVError, match="take tokens back"):
         cache.crop(-1)
+    for misused in (lambda: cache.rewind(2), cache.look):
+        with pytest.raises(UsageError, match="fed while the cache was held"):
+            misused()
+    cache.hold()
+    with torch.no_grad():
+        model(torch.ones(1, 2, dtype=torch.int64), past_key_values=cache)
+    with pytest.raises(UsageError, match="fed while the cache was held"):
+        cache.rewind(3)
+    cache.rewind(2)
+    assert cache.get_seq_length() == 4
+
+
+def test_a_reordered_batch_forgets_its_own_tokens(small_model):
+    model = small_model("llama")
+    ids = torch.randint(1, 97, (2, 30), generator=torch.Generator().manual_seed(6))
+    is_token = torch.ones(2, 20, dtype=torch.bool)
+    is_token[1, :12] = False
+    cache = PiKVCache.from_recipe(model.config, {"policy": "streaming-llm", "budget": 0.5})
+    cache.hold()
+    feed(model, cache, ids[:, :20], is_token)
+    feed(model, cache, ids[:, 20:24], torch.ones(2, 4, dtype=torch.bool))
+    cache.batch_select_indices(torch.tensor([1, 0, 1]))
+    cache.rewind(4)
+    assert [layer.num_seen.tolist() for layer in cache.own_layers] == [[8, 20, 8]] * 3
+    cache.compress()
+    assert [int((row[0] >= 0).sum()) for row in cache.positions[0]] == [4, 10, 4]
 
 
 def test_reset_forgets_everything(small_model):

@@ -17,9 +17,11 @@ LEAD_TOKENS = 8  # of what comes before them, so that the model knows where to g
 def feed(model: Any, cache: PiKVCache, ids: torch.Tensor, is_token: torch.Tensor | None = None) -> torch.Tensor:
     """Feed ids [B,T] at once; return the logits [B,V] after the last one, float32. is_token [B,T]: False is padding."""
     padding: dict[str, torch.Tensor] = {}
+    seen = cache.own_layers[0].num_seen if cache.get_seq_length() else torch.zeros(len(ids), dtype=torch.int64)
+    if is_token is None and bool((seen < cache.get_seq_length()).any()):
+        is_token = torch.ones_like(ids, dtype=torch.bool)  # behind padding, positions are not those of the columns
     if is_token is not None:
         is_token = is_token.to(model.device)
-        seen = cache.own_layers[0].num_seen if cache.get_seq_length() else torch.zeros(len(ids), dtype=torch.int64)
         before = is_token.new_ones(len(ids), cache.get_seq_length())
         padding["attention_mask"] = torch.cat([before, is_token], dim=1).long()
         padding["position_ids"] = (seen.to(model.device)[:, None] + is_token.cumsum(1) - 1).clamp(min=0)

@@ -8,7 +8,7 @@ from small_models import CONFIGS, use_stock_attention
 from pikv_core.cache import PiKVCache
 from pikv_core.components import Component
 from pikv_core.errors import PiKVError, UsageError
-from pikv_core.model.steps import feed
+from pikv_core.model.steps import feed, step
 from pikv_core.scheduling.h2o import H2O
 from pikv_core.scheduling.streaming_llm import StreamingLLM
 from pikv_core.schema import CacheRecipe
@@ -245,6 +245,19 @@ def test_misuse_is_told(small_model):
         cache.rewind(3)
     cache.rewind(2)
     assert cache.get_seq_length() == 4
+
+
+def test_steps_behind_padding_stand_where_their_row_does(small_model):
+    model = small_model("llama")
+    ids = torch.randint(1, 97, (2, 24), generator=torch.Generator().manual_seed(7))
+    is_token = torch.ones(2, 20, dtype=torch.bool)
+    is_token[1, :12] = False
+    together, alone = (PiKVCache(model.config) for _ in range(2))
+    feed(model, together, ids[:, :20], is_token)
+    feed(model, alone, ids[1:, 12:20])
+    for token in ids[:, 20:].unbind(1):
+        both, one = step(model, together, token), step(model, alone, token[1:])
+        torch.testing.assert_close(both[1:], one, rtol=1e-4, atol=1e-4)
 
 
 def test_a_reordered_batch_forgets_its_own_tokens(small_model):

@@ -17,7 +17,7 @@ from pikv_core.cache.attention import ENTRY
 from pikv_core.cache.budget import Budget, Shape
 from pikv_core.cache.layer import CacheLayer
 from pikv_core.cache.rotary import Rotary
-from pikv_core.cache.support import check_recipe, windows
+from pikv_core.cache.support import check_layers, check_recipe, windows
 from pikv_core.components import Component, build
 from pikv_core.compression import CODECS
 from pikv_core.compression.base import Codec
@@ -46,6 +46,7 @@ class PiKVCache(Cache):
         allocation, budget = build(ALLOCATIONS, recipe.allocation), Budget(recipe.budget)
         self.recipe, self._config = recipe, config
         per_layer = windows(config)
+        check_layers(policy, budget, per_layer)
         self._codecs: list[Codec] | None = None
         self._num_columns = _num_columns(policy)
         self._compares_layers = allocation.compares_layers and isinstance(policy, Evictor)

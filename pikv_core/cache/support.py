@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from pikv_core.cache.budget import Budget
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.allocation import ALLOCATIONS
-from pikv_core.scheduling.base import Evictor, Selector
+from pikv_core.scheduling.base import Evictor, Policy, Selector
 from pikv_core.schema import CacheRecipe
 
 
@@ -39,6 +41,19 @@ def windows(config: Any) -> list[int | None]:
             hint="full_attention and sliding_attention layers are supported",
         )
     return [window if layer == "sliding_attention" else None for layer in types]
+
+
+def check_layers(policy: Policy, budget: Budget, per_layer: Sequence[int | None]) -> None:
+    """Raise UsageError where a selector would select in no layer; per_layer: what `windows` returns."""
+    if not isinstance(policy, Selector) or not budget.limits:
+        return
+    if any(window is None for window in per_layer[policy.dense_layers :]):
+        return
+    raise UsageError(
+        f"policy '{policy.name}' would read everything in each of the model's {len(per_layer)} layers: it leaves out "
+        f"the first {policy.dense_layers} and those with a sliding window",
+        hint="lower its dense_layers, or choose a policy that drops tokens",
+    )
 
 
 def check_recipe(recipe: CacheRecipe) -> None:

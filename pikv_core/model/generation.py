@@ -68,6 +68,11 @@ def generate_batch(
     loaded.check_length(length + recipe.max_new_tokens - 1, reporter)
     clock = _Clock()
     if cache.looks is not None:
+        if length < 2:
+            raise UsageError(
+                f"policy '{cache.recipe.policy.name}' scores a prompt before its last token, and this one has no other",
+                hint="give a longer prompt, or choose another policy",
+            )
         prefill(model, cache, inputs["input_ids"][:, :-1], is_token=inputs["attention_mask"][:, :-1].bool())
     sampled = recipe.temperature > 0
     output = model.generate(

@@ -151,7 +151,8 @@ def test_bytes_are_freed(small_model, policy, share):
 @pytest.mark.parametrize("codec", ["none", "int8"])
 def test_runs_on_every_architecture_at_a_tiny_budget(small_model, arch, codec):
     model = small_model(arch)
-    for policy in ("h2o", "streaming-llm", "quest"):
+    quest = [] if arch == "mistral" else [{"name": "quest", "dense_layers": 1}]  # all its layers have windows
+    for policy in ("h2o", "streaming-llm", *quest):
         cache = PiKVCache.from_recipe(model.config, {"policy": policy, "budget": 1, "codec": codec})
         output = model.generate(
             torch.randint(1, 97, (2, 70), generator=torch.Generator().manual_seed(4)),
@@ -274,6 +275,14 @@ def test_a_reordered_batch_forgets_its_own_tokens(small_model):
     assert [layer.num_seen.tolist() for layer in cache.own_layers] == [[8, 20, 8]] * 3
     cache.compress()
     assert [int((row[0] >= 0).sum()) for row in cache.positions[0]] == [4, 10, 4]
+
+
+@pytest.mark.parametrize("arch, dense_layers", [("mistral", 0), ("gemma2", 2), ("llama", 3)])
+def test_a_selector_that_would_select_nowhere_is_refused(arch, dense_layers):
+    recipe = {"policy": {"name": "quest", "dense_layers": dense_layers}, "budget": 0.5}
+    with pytest.raises(UsageError, match="would read everything in each of the model's 3 layers"):
+        PiKVCache.from_recipe(CONFIGS[arch](), recipe)
+    PiKVCache.from_recipe(CONFIGS[arch](), {**recipe, "budget": 1.0})
 
 
 def test_reset_forgets_everything(small_model):

@@ -64,7 +64,9 @@ class Reader:
 
 def paper(num_rows):
     """Return a cache that only remembers what it was fed."""
-    return lambda: SimpleNamespace(looks=None, fed=torch.empty(num_rows, 0, dtype=torch.int64))
+    return lambda: SimpleNamespace(
+        get_seq_length=lambda: 0, looks=None, fed=torch.empty(num_rows, 0, dtype=torch.int64)
+    )
 
 
 @pytest.mark.parametrize("question", ["after", "inside"])

@@ -119,6 +119,8 @@ def test_errors_name_file_and_line(run, tmp_path):
         run("cache.budget=0.5", prompt=PROMPT)
     with pytest.raises(PiKVError, match="holds no token"):
         run("cache.policy=h2o", "cache.budget=100B", prompt=PROMPT)
+    with pytest.raises(UsageError, match="'kvzip' scores a prompt before its last token"):
+        run("cache.policy=kvzip", "cache.budget=0.5", prompt="f1")
 
 
 @pytest.fixture(scope="module")

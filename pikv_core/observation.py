@@ -35,6 +35,11 @@ class LayerRun:
     shared: dict[str, Any] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors in this layer's memory; what layers share counts for the first."""
+        return _nbytes(self.own) + (_nbytes(self.shared) if self.index == 0 else 0)
+
     def select_rows(self, rows: torch.Tensor) -> None:
         """Reorder, repeat or drop rows of the batch in what is remembered."""
         self.own.update(_select(self.own, rows))
@@ -102,6 +107,12 @@ class Observer:
     def observe(self, columns: Mapping[str, torch.Tensor], rows: Rows) -> None:
         """Update the columns [B,G,S] in place; called with a chunk of queries at a time, store by store."""
         raise NotImplementedError(f"{type(self).__name__} declares what it observes but does not observe it")
+
+
+def _nbytes(memory: Any) -> int:
+    if isinstance(memory, dict):
+        return sum(_nbytes(value) for value in memory.values())
+    return memory.untyped_storage().nbytes() if hasattr(memory, "untyped_storage") else 0
 
 
 def _select(memory: Any, rows: torch.Tensor) -> Any:

@@ -46,7 +46,7 @@ class PiKVCache(Cache):
         allocation, budget = build(ALLOCATIONS, recipe.allocation), Budget(recipe.budget)
         self.recipe, self._config = recipe, config
         per_layer = windows(config)
-        check_layers(policy, budget, per_layer)
+        check_layers(policy, allocation, budget, per_layer)
         self._codecs: list[Codec] | None = None
         self._num_columns = _num_columns(policy)
         self._compares_layers = allocation.compares_layers and isinstance(policy, Evictor)

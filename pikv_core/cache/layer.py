@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from pikv_core.cache.budget import Budget, Shape
+from pikv_core.cache.head_budgets import HeadBudgets
 from pikv_core.cache.lane import Lane, LayerPlan
 from pikv_core.cache.store import EMPTY
 from pikv_core.compression.base import Codec
@@ -78,7 +79,6 @@ class CacheLayer(CacheLayerMixin):
         self._held_length = 0  # tokens seen when `hold` was called
         self._seen_since_hold: dict[int, torch.Tensor] = {}  # tokens of each row's sequence, by length seen
         self._scoring = True  # a score that is taken once is still to come
-        self._head_share: torch.Tensor | None = None  # [B,G]: of the layer's tokens per head, once heads are unequal
         self.num_seen = torch.zeros(0, dtype=torch.int64)
         self.is_initialized = False
 
@@ -87,7 +87,8 @@ class CacheLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self._shape = Shape(self.run.num_layers, B, G, D, key_states.dtype)
         self.run.num_kv_heads = G
-        codec, self.budget = self._bind(self.index, self._shape)
+        codec, budget = self._bind(self.index, self._shape)
+        self.budgets = HeadBudgets(budget, self.allocation, self.evictor, self.window, self.run)
         self.plan = LayerPlan(codec, self.evictor, self._selector, self.window, self._rerotate, self.run)
         self.lanes = [Lane(self.plan, None, torch.arange(G).expand(B, G))]
         self.num_seen = torch.zeros(B, dtype=torch.int64)
@@ -134,8 +135,7 @@ class CacheLayer(CacheLayerMixin):
         self.run.select_rows(rows)
         self.num_seen = self.num_seen[rows]
         self._seen_since_hold = {length: x[rows] for length, x in self._seen_since_hold.items() if length}
-        if self._head_share is not None:
-            self._head_share = self._head_share[rows]
+        self.budgets.select_rows(rows)
         for lane in self.lanes:
             lane.select_rows(rows)
         self.lanes = [lane for lane in self.lanes if lane.head.numel()]
@@ -156,8 +156,8 @@ class CacheLayer(CacheLayerMixin):
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of live storage."""
-        return sum(lane.nbytes for lane in self.lanes)
+        """Bytes of live storage, and of what policies remember of this layer."""
+        return sum(lane.nbytes for lane in self.lanes) + self.run.nbytes
 
     @property
     def full_bytes(self) -> int:
@@ -231,7 +231,7 @@ class CacheLayer(CacheLayerMixin):
             own = by_group
             if by_group is not None and lane.pairs is not None:
                 own = by_group[0, lane.head[:, 0].to(by_group.device)][:, None]
-            attended = lane.attend(lane.of_heads(query), rows, scale, softcap, own, watchers, self._selected_tokens)
+            attended = lane.attend(lane.of_heads(query), rows, scale, softcap, own, watchers, self._read_tokens)
             if lane.pairs is None:
                 output = attended
             else:
@@ -338,7 +338,8 @@ class CacheLayer(CacheLayerMixin):
         self._on_change(self.index)
 
     def _evict(self) -> None:
-        capacity = self._capacity()
+        drops = self.evictor is not None
+        capacity = self.budgets.tokens(self.num_seen) if drops else self.budgets.most(self.num_seen)
         decide = self._scoring and self.plan.decides_once
         if decide and self.plan.evictor is not None and self.plan.evictor.looks is not None and not self.looking:
             raise PiKVError(
@@ -352,45 +353,19 @@ class CacheLayer(CacheLayerMixin):
             for lane, score in zip(self.lanes, scores):
                 lane.settle(score)
             self._scoring = False
-        whole = self.lanes[0].pairs is None
-        capacity = self._split(capacity, scores)
-        if whole:
-            scores = [lane.of_heads(scores[0]) for lane in self.lanes]
+        if drops and self.lanes[0].pairs is None and self.lanes[0].needs_eviction(capacity):
+            capacity = self.budgets.part(scores[0], capacity)
+            if bool((capacity != capacity[:, :1]).any()):
+                self.lanes = self.lanes[0].split(capacity)
+                scores = [lane.of_heads(scores[0]) for lane in self.lanes]
         for lane, score in zip(self.lanes, scores):
             own = lane.of_heads(capacity)
             if lane.needs_eviction(own):
                 lane.evict(score, own)
 
-    def _split(self, capacity: torch.Tensor, scores: list[torch.Tensor]) -> torch.Tensor:
-        """Split the one lane where its heads may keep unequally many tokens; return the capacity [B,G]."""
-        if self.lanes[0].pairs is not None or self.plan.evictor is None:
-            return capacity
-        lane = self.lanes[0]
-        if self.allocation.splits_heads and self._head_share is None and lane.needs_eviction(capacity):
-            heads = self.allocation.heads(scores[0], capacity[:, 0].to(scores[0].device)).cpu()
-            self._head_share = (heads.double() / capacity[:, :1].double()).nan_to_num(1.0)  # a row may be padding alone
-            capacity = heads
-        if bool((capacity != capacity[:, :1]).any()):
-            self.lanes = lane.split(capacity)
-        return capacity
-
-    def _capacity(self) -> torch.Tensor:
-        """Tokens per head [B,G] that may stay, on the CPU."""
-        most = self.num_seen if self.window is None else self.num_seen.clamp(max=max(1, self.window - 1))
-        whole = most[:, None].expand(-1, self._shape.num_kv_heads)
-        if self.evictor is None and self._selector is None:
-            return whole
-        mean = self.budget.tokens(most)
-        own = None if self.evictor is None else self.evictor.capacity(mean, most, self.run)
-        if own is None:
-            by_layer = self.allocation.layers(torch.minimum(mean, most), most, self.run.num_layers, self.run.shared)
-            own = by_layer[:, self.index, None].expand(-1, self._shape.num_kv_heads)
-        if self._head_share is not None:
-            own = (own * self._head_share + 1e-6).long()
-        return torch.minimum(own.clamp(min=1), whole)
-
-    def _selected_tokens(self) -> int:
-        return int(self._capacity().max())
+    def _read_tokens(self) -> int:
+        """Return the tokens per head that a selector reads, in the row that has the most."""
+        return int(self.budgets.tokens(self.num_seen).max())
 
     def hold(self) -> None:
         """Drop and encode nothing until `compress`."""

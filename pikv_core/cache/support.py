@@ -9,6 +9,7 @@ from pikv_core.cache.budget import Budget
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.allocation import ALLOCATIONS
+from pikv_core.scheduling.allocation.base import Allocation
 from pikv_core.scheduling.base import Evictor, Policy, Selector
 from pikv_core.schema import CacheRecipe
 
@@ -43,11 +44,22 @@ def windows(config: Any) -> list[int | None]:
     return [window if layer == "sliding_attention" else None for layer in types]
 
 
-def check_layers(policy: Policy, budget: Budget, per_layer: Sequence[int | None]) -> None:
-    """Raise UsageError where a selector would select in no layer; per_layer: what `windows` returns."""
-    if not isinstance(policy, Selector) or not budget.limits:
+def check_layers(policy: Policy, allocation: Allocation, budget: Budget, per_layer: Sequence[int | None]) -> None:
+    """Raise UsageError where a selector would select in no layer, or a budget be spread over unlike layers.
+
+    per_layer: what `windows` returns.
+    """
+    if not budget.limits:
         return
-    if any(window is None for window in per_layer[policy.dense_layers :]):
+    if isinstance(policy, Evictor) and len(set(per_layer)) > 1:
+        owns = type(policy).capacity is not Evictor.capacity
+        if owns or allocation.parts_layers:
+            raise UsageError(
+                f"{f'policy {policy.name!r}' if owns else f'allocation {allocation.name!r}'} spreads one budget over "
+                "the layers, and some of this model's have a sliding window, which holds fewer tokens",
+                hint="choose allocation uniform or ada-kv, and a policy that leaves the budget to them",
+            )
+    if not isinstance(policy, Selector) or any(window is None for window in per_layer[policy.dense_layers :]):
         return
     raise UsageError(
         f"policy '{policy.name}' would read everything in each of the model's {len(per_layer)} layers: it leaves out "

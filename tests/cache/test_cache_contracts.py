@@ -85,11 +85,12 @@ def live_bytes(cache):
 
 def check_bytes(cache, budget):
     """Compare resident bytes with a budget in bytes: at most 3 % or 9 slots a head over it, less than a unit under."""
-    assert cache.resident_bytes == live_bytes(cache)
+    remembered = sum(layer.run.nbytes for layer in cache.own_layers)
+    assert cache.resident_bytes == live_bytes(cache) + remembered
     plan = cache.own_layers[0].plan
     plain = 2 * 16 * 4 + 4 * (1 + len(plan.columns(scoring=False)))
     heads = sum(lane.head.numel() for layer in cache.own_layers for lane in layer.lanes)
-    over = cache.resident_bytes - budget
+    over = cache.resident_bytes - remembered - budget
     assert over <= max(0.03 * budget, 9 * plain * heads), f"{cache.resident_bytes} bytes for {budget}"
     holds_all = all((position >= 0).sum(-1).min() >= PROMPT for position in cache.positions)
     unit = max(8, *(layer.plan.codec.unit_tokens for layer in cache.own_layers))

@@ -216,7 +216,7 @@ def test_a_byte_budget_means_the_same_tokens_for_one_sequence(small_model):
     cache = PiKVCache(model.config, recipe)
     with torch.no_grad():
         model(torch.randint(1, 97, (1, 700)), past_key_values=cache)
-    assert {layer.budget.value for layer in cache.own_layers} == {in_tokens.budget}
+    assert {layer.budgets.budget.value for layer in cache.own_layers} == {in_tokens.budget}
     with pytest.raises(UsageError, match="drops nothing"):
         PiKVCache.from_recipe(model.config, {"policy": "quest", "budget": "64KiB"})
 
@@ -325,3 +325,13 @@ def test_full_bytes_are_what_the_stock_cache_holds(small_model, arch):
                 model(token[:, None], past_key_values=cache)
     held = sum(x.numel() * x.element_size() for layer in stock.layers for x in (layer.keys, layer.values))
     assert ours.full_bytes == held
+
+
+@pytest.mark.parametrize("policy, allocation", [("h2o", "entropy"), ("h2o", "pyramid"), ("fastv", "uniform")])
+def test_a_budget_for_all_layers_is_refused_where_some_have_windows(small_model, policy, allocation):
+    model = small_model("gemma2")
+    recipe = {"policy": policy, "allocation": allocation}
+    with pytest.raises(UsageError, match="some of this model's have a sliding window"):
+        PiKVCache.for_model(model, {**recipe, "budget": 0.5})
+    assert PiKVCache.for_model(model, recipe)  # a whole budget is spread over nothing
+    assert PiKVCache.for_model(small_model("mistral"), {**recipe, "budget": 0.5})  # all layers have the same

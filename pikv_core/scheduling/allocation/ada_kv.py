@@ -27,6 +27,7 @@ class AdaKV(Allocation):
     tokens for goes to the others in proportion.
     """
 
+    parts_layers: ClassVar[bool] = False
     splits_heads: ClassVar[bool] = True
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.2
 

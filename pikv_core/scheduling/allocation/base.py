@@ -18,11 +18,13 @@ class Allocation(Observer, ABC):
     """Turn the mean budget into each layer's, and a layer's into each head's; it never drops tokens.
 
     compares_layers: `layers` needs what was observed in all layers (in `LayerRun.shared`), so that nothing of a prompt
-    is dropped before the last layer has seen it. splits_heads: `heads` gives unequal heads.
+    is dropped before the last layer has seen it. parts_layers: `layers` gives unequal layers. splits_heads: `heads`
+    gives unequal heads.
     """
 
     name: ClassVar[str]
     compares_layers: ClassVar[bool] = False
+    parts_layers: ClassVar[bool] = True
     splits_heads: ClassVar[bool] = False
 
     @abstractmethod

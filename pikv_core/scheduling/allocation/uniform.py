@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pikv_core.scheduling.allocation import ALLOCATIONS
 from pikv_core.scheduling.allocation.base import Allocation
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Uniform(Allocation):
     """Give each layer the mean."""
+
+    parts_layers: ClassVar[bool] = False
 
     def layers(
         self, mean: torch.Tensor, num_seen: torch.Tensor, num_layers: int, shared: dict[str, Any]

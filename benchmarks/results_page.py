@@ -84,7 +84,9 @@ def _page(runs: dict[str, dict[str, Any]], commit: str) -> str:
             "",
             "## The question comes after",
             "",
-            "The policy compresses the context alone and does not know what will be asked.",
+            "The policy compresses the context alone and does not know what will be asked. All questions of a context "
+            "are asked in turn through one cache: what is fed for them counts against its budget, and takes the place "
+            "of context under every policy that drops tokens.",
             "",
             *_best(after["results"], full["after"]),
             "",

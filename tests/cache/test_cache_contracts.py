@@ -136,12 +136,11 @@ def test_a_policy_under_an_allocation_keeps_to_its_bytes(cache_of, small_model, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("allocation", ALLOCATIONS.names())
 @pytest.mark.parametrize("codec", CODECS.names())
 @pytest.mark.parametrize("policy", EVICTORS)
-def test_triples_keep_to_their_bytes(cache_of, small_model, policy, codec, allocation):
-    places = zip((POLICIES, CODECS, ALLOCATIONS), (policy, codec, allocation))
-    arch = ARCHS[sum(registry.names().index(name) for registry, name in places) % len(ARCHS)]
+def test_triples_keep_to_their_bytes(cache_of, small_model, policy, codec, allocation, arch):
     check_case(cache_of, small_model(arch), arch, policy, codec, allocation)
 
 

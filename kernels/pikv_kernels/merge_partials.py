@@ -23,3 +23,13 @@ def merge_partials(parts: list[Partial], sinks: torch.Tensor | None = None) -> t
     output = sum(part.output.float() * share[..., None] for part, share in zip(parts, shares, strict=True))
     assert isinstance(output, torch.Tensor)
     return output.to(parts[0].output.dtype), shares
+
+
+def join_partials(parts: list[Partial]) -> Partial:
+    """Return attentions over consecutive pieces of one run of tokens as if they had been one, `probs` too if given."""
+    if len(parts) == 1:
+        return parts[0]
+    output, shares = merge_partials(parts)
+    lse = torch.stack([part.lse for part in parts]).logsumexp(dim=0)
+    probs = [part.probs * share[..., None] for part, share in zip(parts, shares) if part.probs is not None]
+    return Partial(output, lse, torch.cat(probs, dim=-1) if probs else None)

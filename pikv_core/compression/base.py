@@ -91,10 +91,9 @@ class Codec(Observer, ABC):
 
         On a CPU some units at a time, so that what is decoded stays in its caches.
         """
-        import torch
 
-        from pikv_kernels.merge_partials import merge_partials
-        from pikv_kernels.partial_attention import Partial, partial_attention
+        from pikv_kernels.merge_partials import join_partials
+        from pikv_kernels.partial_attention import partial_attention
 
         N, unit = position.shape[2], self.unit_tokens
         at_once = max(1, CHUNK_TOKENS // unit) * unit if query.device.type == "cpu" and unit > 1 else N
@@ -105,14 +104,7 @@ class Codec(Observer, ABC):
             keys, values = self.decode(chunk, position[:, :, tokens], query.dtype)
             seen = None if visible is None else visible[..., tokens]
             parts.append(partial_attention(query, keys, values, seen, scale, softcap, with_probs))
-        if len(parts) == 1:
-            return parts[0]
-        output, shares = merge_partials(parts)
-        lse = torch.stack([part.lse for part in parts]).logsumexp(dim=0)
-        if not with_probs:
-            return Partial(output, lse, None)
-        scaled = [part.probs * share[..., None] for part, share in zip(parts, shares) if part.probs is not None]
-        return Partial(output, lse, torch.cat(scaled, dim=-1))
+        return join_partials(parts)
 
     def for_layer(self, layer: int, fitted: Mapping[str, torch.Tensor], rotary: Any) -> Codec:
         """Return the codec of one layer, given what `fit` found for all of them (empty where not calibrated)."""

@@ -128,10 +128,9 @@ class LowRank(Codec):
         with_probs: bool,
     ) -> Partial:
         """Attend over keys that are rebuilt and rotated tile by tile; the output stays in the basis of values."""
-        import torch
 
-        from pikv_kernels.merge_partials import merge_partials
-        from pikv_kernels.partial_attention import Partial, partial_attention
+        from pikv_kernels.merge_partials import join_partials
+        from pikv_kernels.partial_attention import partial_attention
 
         key_codes, value_codes = self.codes.decode(encoded, position, query.dtype)
         parts = []
@@ -141,14 +140,7 @@ class LowRank(Codec):
             keys = self._keys(key_codes[:, :, tile], position[:, :, tile], query.dtype)
             seen = None if visible is None else visible[..., tile]
             parts.append(partial_attention(query, keys, value_codes[:, :, tile], seen, scale, softcap, with_probs))
-        if len(parts) == 1:
-            return parts[0]
-        output, shares = merge_partials(parts)
-        lse = torch.logsumexp(torch.stack([part.lse for part in parts]), dim=0)
-        if not with_probs:
-            return Partial(output, lse, None)
-        weighed = [part.probs * share[..., None] for part, share in zip(parts, shares) if part.probs is not None]
-        return Partial(output, lse, torch.cat(weighed, dim=-1))
+        return join_partials(parts)
 
     def _keys(self, codes: torch.Tensor, position: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         keys = self.key.restore(codes, dtype)

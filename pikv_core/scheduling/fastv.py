@@ -46,7 +46,7 @@ class FastV(Evictor):
         held = rows.layer.shared.get(ATTENTION)
         length = max(int(rows.position.max()) + 1, 0 if held is None else held.shape[2])
         by_position = newest.new_zeros(*newest.shape[:2], length + 1)  # the last place takes what empty slots hold
-        if held is not None and held.shape[0] == newest.shape[0]:
+        if held is not None:
             by_position[:, :, : held.shape[2]] = held
         by_position.scatter_(2, torch.where(rows.position < 0, length, rows.position).long(), newest)
         rows.layer.shared[ATTENTION] = by_position[:, :, :length]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pikv_kernels.merge_partials import merge_partials
+from pikv_kernels.merge_partials import join_partials, merge_partials
 from pikv_kernels.partial_attention import causal_attention, partial_attention
 from pikv_kernels.prefill_rows import prefill_rows
 
@@ -73,3 +73,25 @@ def test_prefill_shows_the_rows_of_the_attention_matrix(T, dtype, num_shown):
     error = (shown - weights.view(B, G, 2, T, T))[:, :, :, first:].abs()
     assert error.max() < (1e-5 if dtype is torch.float32 else 1e-2), f"max {error.max()}, mean {error.mean()}"
     assert (output - weights @ values_h).abs().max() < (1e-5 if dtype is torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("with_probs", [True, False])
+@pytest.mark.parametrize("piece", [1, 7, 20, 64])
+def test_pieces_join_to_the_attention_over_all_of_them(piece, with_probs):
+    generator = torch.Generator().manual_seed(piece)
+    query = torch.randn(B, G, 5, D, generator=generator)
+    keys, values = torch.randn(2, B, G, 20, D, generator=generator).unbind(0)
+    visible = torch.rand(B, G, 5, 20, generator=generator) < 0.5
+    visible[:, :, 0] = False  # a row that sees nothing
+    visible[:, :, 1, 7:] = False  # one that sees nothing of some pieces
+    parts = []
+    for start in range(0, 20, piece):
+        tokens = slice(start, start + piece)
+        own = keys[:, :, tokens], values[:, :, tokens], visible[..., tokens]
+        parts.append(partial_attention(query, *own, 0.25, None, with_probs))
+    found, whole = join_partials(parts), partial_attention(query, keys, values, visible, 0.25, None, with_probs)
+    torch.testing.assert_close(found.output, whole.output)
+    torch.testing.assert_close(found.lse, whole.lse)
+    assert (found.probs is None) == (not with_probs)
+    if found.probs is not None:
+        torch.testing.assert_close(found.probs, whole.probs)

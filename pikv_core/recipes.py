@@ -51,7 +51,7 @@ def load(
     for plugin in tree.get("plugins") or []:
         load_plugin(str(plugin))
     hint = f"`pikv {verb} --check` validates a recipe without running it"
-    return validate(RECIPES[verb], tree, source, origin, hint)
+    return validate(RECIPES[verb].of(tree), tree, source, origin, hint)
 
 
 def validate(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pikv_core.components import build
 from pikv_core.errors import UsageError
 from pikv_core.files import replacing
 from pikv_core.runs import Run
@@ -16,6 +17,7 @@ from pikv_core.schema import SimulateRecipe
 from pikv_core.simulation.ceiling import ceiling_hits
 from pikv_core.simulation.curve import Curve, curve
 from pikv_core.simulation.load import load
+from pikv_core.simulation.metrics import hit_row
 from pikv_core.simulation.picture import draw
 from pikv_core.simulation.policies import REQUEST_POLICIES
 from pikv_core.simulation.replay import Semantics, Touch, replay
@@ -30,6 +32,7 @@ class Result:
     semantics: Semantics
     touch: Touch  # a row's own `touch` tells the order where a policy needs another
     block_tokens: int
+    format: str
     partial_block_counts: bool  # the last, partial block of a prompt has an id and can be hit
     outputs_inserted: bool
     warm_up_share: float  # of the requests, not counted
@@ -43,29 +46,29 @@ class Result:
 
 def run(recipe: SimulateRecipe, run: Run) -> Result:
     """Read the trace, replay every policy at every capacity, and write the run folder."""
-    if recipe.curve and recipe.semantics == "object":
-        raise UsageError(
-            "curve: the one-pass curve is of prefix hits, got semantics 'object'",
-            hint="drop --curve, or use --semantics prefix",
-        )
     trace = load(recipe.trace)
+    semantics = _semantics(recipe, trace)
     run.reporter.status(
         f"{recipe.trace}: {trace.num_requests:,} requests, {trace.ids.size:,} block accesses, "
         f"{trace.num_blocks:,} unique blocks of {trace.block_tokens} tokens"
     )
-    capacities = list(dict.fromkeys(recipe.capacities)) or capacity_grid(trace.num_blocks)
-    touch: Touch = "forward" if recipe.semantics == "object" else recipe.touch or "reverse"
-    rows = _replay_all(recipe, trace, capacities, run)
-    ceiling = ceiling_hits(trace, recipe.semantics)
+    capacities = [blocks for blocks in dict.fromkeys(recipe.capacities) if isinstance(blocks, int)] or capacity_grid(
+        trace.num_blocks
+    )
+    touch: Touch = "forward" if semantics == "object" else recipe.touch or "reverse"
+    warm_up = int(recipe.warm_up * trace.num_requests)
+    rows = _replay_all(recipe, trace, semantics, capacities, warm_up, run)
+    ceiling = ceiling_hits(trace, semantics)
     run.telemetry.scalar("ceiling/block_hit_ratio", ceiling / trace.ids.size)
     result = Result(
         trace=recipe.trace,
-        semantics=recipe.semantics,
+        semantics=semantics,
         touch=touch,
         block_tokens=trace.block_tokens,
-        partial_block_counts=True,
+        format="mooncake",
+        partial_block_counts=recipe.partial_blocks,
         outputs_inserted=False,
-        warm_up_share=0.0,
+        warm_up_share=recipe.warm_up,
         num_requests=trace.num_requests,
         num_unique_blocks=trace.num_blocks,
         ceiling_hits=ceiling,
@@ -77,20 +80,33 @@ def run(recipe: SimulateRecipe, run: Run) -> Result:
     return result
 
 
+def _semantics(recipe: SimulateRecipe, trace: Trace) -> Semantics:
+    """Return what counts as a hit: as asked, else what the log can tell."""
+    if trace.is_objects and recipe.semantics == "prefix":
+        raise UsageError(
+            f"{recipe.trace}: a log of single objects has no prefixes",
+            hint="leave --semantics out, or use --semantics object",
+        )
+    return "object" if trace.is_objects else recipe.semantics or "prefix"
+
+
 def capacity_grid(num_blocks: int) -> list[int]:
     """Return capacities from a 64th of the unique blocks to all of them, each twice the one before."""
     return sorted({max(1, -(-num_blocks // 2**halvings)) for halvings in range(7)})
 
 
-def _replay_all(recipe: SimulateRecipe, trace: Trace, capacities: list[int], run: Run) -> list[dict[str, Any]]:
+def _replay_all(
+    recipe: SimulateRecipe, trace: Trace, semantics: Semantics, capacities: list[int], warm_up: int, run: Run
+) -> list[dict[str, Any]]:
     rows = []
-    pairs = list(product(dict.fromkeys(recipe.policies), capacities))
-    for done, (name, capacity) in enumerate(pairs):
-        run.reporter.progress(f"replay: {name} at {capacity:,} blocks", done, len(pairs))
-        found = replay(trace, REQUEST_POLICIES[name](), capacity, recipe.semantics, recipe.touch)
+    policies = [build(REQUEST_POLICIES, component) for component in recipe.policies]
+    pairs = list(product(policies, capacities))
+    for done, (policy, capacity) in enumerate(pairs):
+        run.reporter.progress(f"replay: {policy.name} at {capacity:,} blocks", done, len(pairs))
+        found = hit_row(trace, replay(trace, policy, capacity, semantics, recipe.touch), warm_up)
         rows.append(asdict(found))
-        run.telemetry.scalar(f"block_hit_ratio/{name}", found.block_hit_ratio, capacity)
-        run.telemetry.scalar(f"token_hit_ratio/{name}", found.token_hit_ratio, capacity)
+        run.telemetry.scalar(f"block_hit_ratio/{policy.name}", found.block_hit_ratio, capacity)
+        run.telemetry.scalar(f"token_hit_ratio/{policy.name}", found.token_hit_ratio, capacity)
     return rows
 
 

@@ -12,15 +12,17 @@ from typing import Any
 def compiled(function: Callable[..., Any], name: str, *parts: type) -> Callable[..., Any]:
     """Return the function compiled; parts: classes from other files whose functions it calls.
 
-    numba's cache notices a change of the function's own file alone; the name it is kept under therefore
-    carries a digest of the other files.
+    It must not allocate: numba's reference counts are off, which cost four times the work itself in a loop that
+    takes a state of five arrays apart. numba's cache notices a change of the function's own file alone; the name it
+    is kept under therefore carries a digest of the other files.
     """
     from numba import njit
 
     files = [*sorted(Path(__file__).parent.glob("*.py")), *(Path(inspect.getfile(part)) for part in parts)]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
     function.__qualname__ = f"{name}_{digest}"
+    options: dict[str, Any] = {"_nrt": False}
     try:
-        return njit(cache=True)(function)
+        return njit(**options, cache=True)(function)
     except RuntimeError:  # no folder for the cache can be written
-        return njit(function)
+        return njit(**options)(function)

@@ -15,11 +15,12 @@ import numpy as np
 from numba.extending import register_jitable
 
 from pikv_core.simulation.policies import REQUEST_POLICIES
+from pikv_core.simulation.policies.base import RequestPolicy
 
 
 @REQUEST_POLICIES.register("newest")
 @dataclass(frozen=True)
-class Newest:
+class Newest(RequestPolicy):
     always_forward: ClassVar[bool] = True
 
     def state(self, trace, capacity_blocks):
@@ -27,19 +28,19 @@ class Newest:
 
     @staticmethod
     @register_jitable
-    def touch(state, block, access):
+    def touch(state, block, access, request):
         pass
 
     @staticmethod
     @register_jitable
-    def admit(state, block, access):
+    def admit(state, block, access, request):
         stack, count = state
         stack[count[0]] = block
         count[0] += 1
 
     @staticmethod
     @register_jitable
-    def evict(state, incoming, access):
+    def evict(state, incoming, access, request):
         stack, count = state
         count[0] -= 1
         return stack[count[0]]
@@ -54,7 +55,7 @@ from pikv_core.simulation.trace import make_trace
 load_plugin(sys.argv[1])
 policy = REQUEST_POLICIES["newest"]()
 found = replay.replay(make_trace([[0], [1], [2], [0], [1], [2]]), policy, 2)
-stats = replay._compiled_loop(type(policy)).stats
+stats = replay._loop(policy, "prefix", "numba").stats
 print(found.block_hits, sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
 """
 

@@ -50,7 +50,7 @@ def test_curve(trace: Trace) -> None:
 def test_object_hit_ratios(trace: Trace, policy: str) -> None:
     expected = OBJECT_HIT_RATIOS[policy]
     found = {
-        capacity: round(replay(trace, REQUEST_POLICIES[policy](), capacity, "object").block_hit_ratio, 4)
+        capacity: round(replay(trace, REQUEST_POLICIES[policy](), capacity, "object").block_hits / trace.ids.size, 4)
         for capacity in expected
     }
     assert found == expected

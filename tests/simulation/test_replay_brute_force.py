@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from pikv_core.simulation.ceiling import ceiling_hits
+from pikv_core.simulation.metrics import token_hit_ratio
 from pikv_core.simulation.policies import REQUEST_POLICIES
 from pikv_core.simulation.replay import replay
 from pikv_core.simulation.trace import make_trace
@@ -79,9 +81,8 @@ def test_replay_equals_lists(policy: str, semantics: str, touch: str, chained: b
             where = f"seed {seed}, capacity {capacity}"
             assert (found.block_hits, found.evictions) == (sum(hits), evictions), where
             tokens = sum(min(4 * count, length) for count, length in zip(hits, lengths))
-            assert found.token_hit_ratio == pytest.approx(tokens / max(1, sum(lengths))), where
+            assert token_hit_ratio(trace, found.hits) == pytest.approx(tokens / max(1, sum(lengths))), where
             assert found.requests_larger_than_cache == sum(len(request) > capacity for request in requests)
-            assert found.block_accesses == sum(map(len, requests))
 
 
 @pytest.mark.parametrize("policy", REQUEST_POLICIES.names())
@@ -93,7 +94,9 @@ def test_twin_equals_compiled(policy: str, semantics: str, touch: str) -> None:
         for capacity in (1, 2, 3, 7, 20):
             member = REQUEST_POLICIES[policy]()
             compiled = replay(trace, member, capacity, semantics, touch, backend="numba")
-            assert compiled == replay(trace, member, capacity, semantics, touch, backend="python")
+            twin = replay(trace, member, capacity, semantics, touch, backend="python")
+            assert compiled.hits.tolist() == twin.hits.tolist()
+            assert dataclasses.replace(compiled, hits=twin.hits) == twin
 
 
 @pytest.mark.parametrize("policy", REQUEST_POLICIES.names())

@@ -1,0 +1,34 @@
+"""The typed, frozen schema of every verb's recipe; each field's comment has its unit.
+
+`pikv_core.recipes` reads recipes from files and flags.
+"""
+
+from pikv_core.schema.base import Recipe, Section, parse_bytes
+from pikv_core.schema.compress import CompressRecipe, MethodRecipe
+from pikv_core.schema.gen_data import GenDataRecipe
+from pikv_core.schema.generate import CacheRecipe, GenerateRecipe
+from pikv_core.schema.simulate import AttentionReplayRecipe, SimulateRecipe
+from pikv_core.schema.train import DuoGateSettings, ModelRecipe, TrainRecipe, TrainSettings
+
+RECIPES: dict[str, type[Recipe]] = {
+    schema.model_fields["verb"].default: schema
+    for schema in (GenDataRecipe, TrainRecipe, CompressRecipe, GenerateRecipe, SimulateRecipe)
+}
+
+__all__ = [
+    "RECIPES",
+    "AttentionReplayRecipe",
+    "CacheRecipe",
+    "CompressRecipe",
+    "DuoGateSettings",
+    "GenDataRecipe",
+    "GenerateRecipe",
+    "MethodRecipe",
+    "ModelRecipe",
+    "Recipe",
+    "Section",
+    "SimulateRecipe",
+    "TrainRecipe",
+    "TrainSettings",
+    "parse_bytes",
+]

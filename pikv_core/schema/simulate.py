@@ -1,0 +1,127 @@
+"""The recipes of `pikv simulate-cache`: of a request log under block policies, and of recorded attention."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from pikv_core.components import Component
+from pikv_core.schema.base import Budget, PolicySpec, Positive, Recipe, RequestPolicySpec, Section, Share, parse_bytes
+
+
+def _capacity(value: Any) -> Any:
+    if isinstance(value, str) and parse_bytes(value):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        text = "expected a whole number of blocks of at least 1, or bytes such as '64GiB'"
+        raise PydanticCustomError("capacity", "{text}", {"text": text})
+    return value
+
+
+def _interleaving(text: str) -> str:
+    kind = text.partition(":")[0]
+    fits = {
+        "absolute": r"absolute",
+        "poisson": r"poisson:\d+(\.\d+)?",
+        "closed-loop": r"closed-loop:[1-9]\d*",
+    }
+    if kind not in fits or not re.fullmatch(fits[kind], text):
+        message = f"expected absolute, poisson:GAP_S or closed-loop:N, got '{text}'"
+        raise PydanticCustomError("interleaving", "{text}", {"text": message})
+    return text
+
+
+Capacity = Annotated[int | str, BeforeValidator(_capacity)]
+Interleaving = Annotated[str, AfterValidator(_interleaving)]
+
+
+class ServingSettings(Section):
+    """What a block costs to compute, keep and load; without kv_model nothing is told of bytes and times."""
+
+    kv_model: str | None = None  # a config.json, a folder that has one, or a model of the built-in list
+    kv_dtype: Literal["bfloat16", "float8"] = "bfloat16"  # of the cached keys and values
+    hardware: str | dict[str, float] | None = None  # a name of the built-in list, or numbers by name
+    servers: Positive = 1  # prefill servers, first come first served
+    slo_s: Annotated[float, Field(gt=0)] | None = None  # time to first token that counts as served well
+    overlap: Annotated[float, Field(ge=0, le=1)] = 0.0  # of loading with computing, layer by layer
+
+
+class SimulateRecipe(Recipe):
+    """A replay of a request log; capacities in blocks, or in bytes with serving.kv_model."""
+
+    verb: Literal["simulate-cache"] = "simulate-cache"
+    trace: str
+    policies: Annotated[list[RequestPolicySpec], Field(min_length=1)] = [
+        Component("lru"),
+        Component("fifo"),
+        Component("belady"),
+    ]
+    capacities: list[Capacity] = []
+    curve: bool = False
+    sample: Share | None = None  # share of the blocks that a curve of object hits is estimated from (SHARDS)
+    semantics: Literal["prefix", "object"] | None = None  # by default prefix, of logs of single objects object
+    touch: Literal["reverse", "forward"] | None = None
+    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the requests that is replayed but not counted
+    partial_blocks: bool = True  # whether a block that a prompt's end fills in part is cached
+    interleave: Interleaving | None = None  # of sessions with clocks of their own; by default absolute
+    keep_columns: bool = True  # beside the trace, for the next time
+    skip_bad_lines: bool = False
+    diagnostics: bool = False  # reuse distances and times, hits by category, turn and time
+    plot: bool = False
+    per_request: str | None = None  # a parquet or csv file
+    export: str | None = None  # an oracleGeneral file to write the trace to
+    serving: ServingSettings = ServingSettings()
+    tiers: str | None = None  # a YAML file
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any]) -> type[Recipe]:
+        return AttentionReplayRecipe if "budgets" in tree else cls
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> SimulateRecipe:
+        asked = [
+            (self.sample is not None and not self.curve, "sample is of the curve: give curve too"),
+            (
+                self.serving.kv_model is None and any(isinstance(capacity, str) for capacity in self.capacities),
+                "capacities in bytes need serving.kv_model, for the bytes of a block",
+            ),
+            (
+                self.serving.hardware is not None and self.serving.kv_model is None,
+                "serving.hardware needs serving.kv_model, for the work of a prompt",
+            ),
+            (
+                self.tiers is not None and self.serving.hardware is None,
+                "tiers need serving.kv_model and serving.hardware, for what a block weighs and costs",
+            ),
+            (
+                self.serving.slo_s is not None and self.serving.hardware is None,
+                "serving.slo_s needs serving.hardware: without it no time is known",
+            ),
+        ]
+        for is_wrong, text in asked:
+            if is_wrong:
+                raise PydanticCustomError("sizes", "{text}", {"text": text})
+        return self
+
+
+class AttentionReplayRecipe(Recipe):
+    """A replay of recorded attention under the policies of `generate`, which it becomes by its budgets."""
+
+    verb: Literal["simulate-cache"] = "simulate-cache"
+    trace: str
+    policies: Annotated[list[PolicySpec], Field(min_length=1)] = [
+        Component("streaming-llm"),
+        Component("h2o"),
+        Component("oracle"),
+    ]
+    budgets: Annotated[list[Budget], Field(min_length=1)]
+    top_tokens: Positive = 16  # of a step, whose hit rate is told
+    plot: bool = False
+
+    @property
+    def job(self) -> str:
+        return "replay_attention"

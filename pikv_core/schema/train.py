@@ -1,0 +1,141 @@
+"""The recipe of `pikv train`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic_core import PydanticCustomError
+
+from pikv_core.components import Component
+from pikv_core.schema.base import Positive, Recipe, RouterName, Section, Share, TaskSpec
+
+
+class ModelRecipe(Section):
+    """The decoder to build; sizes in units of elements."""
+
+    arch: Literal["llama", "qwen3_moe", "mixtral", "pikv"] = "llama"
+    num_layers: Positive = 4
+    hidden_size: Positive = 128
+    num_heads: Positive = 2
+    num_kv_heads: Positive = 2
+    head_dim: Positive | None = None  # by default hidden_size / num_heads
+    ffn_size: Positive = 256  # width of a dense feed-forward block
+    num_experts: Positive = 8
+    top_k: Positive = 2
+    expert_size: Positive = 128  # width of one expert
+    router: RouterName = "base"
+    balance_loss: Annotated[float, Field(ge=0)] = 0.01
+    z_loss: Annotated[float, Field(ge=0)] = 0.001
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    max_positions: Positive = 4096
+    attention_bias: bool = True  # of q and k, where the architecture has it
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelRecipe:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise PydanticCustomError("sizes", "hidden_size must be a multiple of num_heads, or give head_dim")
+        if (self.head_dim or self.hidden_size // self.num_heads) % 2:
+            raise PydanticCustomError("sizes", "the head size must be even, for its rotation")
+        if self.num_heads % self.num_kv_heads:
+            raise PydanticCustomError("sizes", "num_heads must be a multiple of num_kv_heads")
+        if self.top_k > self.num_experts:
+            raise PydanticCustomError("sizes", "top_k must not exceed num_experts")
+        return self
+
+
+class DataRecipe(Section):
+    """The task; `path` is a folder gen-data wrote for it (without it, the data are made for the run)."""
+
+    task: TaskSpec = Component("recall")
+    path: str | None = None
+    text: list[str] = []
+    column: str | None = None
+
+
+class TrainSettings(Section):
+    """The course of training; lengths in tokens."""
+
+    batch_tokens: Positive = 4096
+    max_steps: Positive = 6000
+    curriculum: Annotated[list[Positive], Field(min_length=1)] = [16, 32, 64, 128, 256, 512, 1024]
+    stage_accuracy: Share = 0.9  # batch accuracy (moving average) that ends a stage of the curriculum
+    stage_steps: Positive = 20  # at least so many steps a stage
+    decay_steps: Positive = 150  # steps at the last lengths with the learning rate falling to zero
+    optimizer: Literal["muon", "adamw"] = "muon"
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+    expert_lr: Annotated[float, Field(gt=0)] = 0.1  # of the stacked experts, as a multiple of lr
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    warmup_steps: Positive = 50
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    filler_loss: Annotated[float, Field(ge=0)] = 0.0  # weight of the next-token loss on the filler
+    log_every: Positive = 50
+    checkpoint_every: Positive = 100  # steps
+    eval_samples: Positive = 128
+    eval_lengths: Annotated[list[Positive], Field(min_length=1)] = [512, 1024]
+
+
+class DuoGateSettings(Section):
+    """How DuoAttention's gates are learned from a trained model (arXiv 2410.10819); lengths in tokens."""
+
+    sinks: Annotated[int, Field(ge=0)] = 64  # first tokens that a streaming head sees
+    recent: Positive = 256  # newest tokens that it sees
+    length: Positive = 1024  # of a sample
+    steps: Positive = 200
+    batch_tokens: Positive = 4096
+    lr: Annotated[float, Field(gt=0)] = 0.02
+    l1: Annotated[float, Field(ge=0)] = 0.05  # weight of the mean gate, against the change of the hidden states
+    text: list[str] = []  # around the needles, in place of the embedded corpus
+    column: str | None = None
+    log_every: Positive = 10
+    eval_samples: Positive = 64
+
+    @model_validator(mode="after")
+    def _hides_something(self) -> DuoGateSettings:
+        if self.length <= self.sinks + self.recent:
+            text = f"length must exceed sinks + recent, {self.sinks + self.recent}: else nothing is out of sight"
+            raise PydanticCustomError("sizes", "{text}", {"text": text})
+        return self
+
+
+class TrainRecipe(Recipe):
+    """A model to train from scratch, or head gates to learn: then `start` names the model that has them."""
+
+    verb: Literal["train"] = "train"
+    model: ModelRecipe = ModelRecipe()
+    data: DataRecipe = DataRecipe()
+    train: TrainSettings = TrainSettings()
+    start: str | None = None  # a trained model's folder, its run folder, or a hub id
+    duo_gates: DuoGateSettings | None = None
+
+    @property
+    def job(self) -> str:
+        return "train" if self.duo_gates is None else "duo_gates"
+
+    @model_serializer(mode="wrap")
+    def _only_what_counts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree = handler(self)
+        unused = ("start", "duo_gates") if self.duo_gates is None else ("model", "data", "train")
+        return {name: value for name, value in tree.items() if name not in unused}
+
+    @model_validator(mode="after")
+    def _gates_or_a_model(self) -> TrainRecipe:
+        if (self.start is None) != (self.duo_gates is None):
+            text = "start and duo_gates go together: gates are learned from the trained model that start names"
+            text += "; recipes/train/duo-gates.yaml has both"
+            raise PydanticCustomError("sizes", "{text}", {"text": text})
+        given = [name for name in ("model", "data", "train") if name in self.model_fields_set]
+        if self.duo_gates is not None and given:
+            text = f"{', '.join(given)}: nothing of the model itself is trained with duo_gates; drop it"
+            raise PydanticCustomError("sizes", "{text}", {"text": text})
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> TrainRecipe:
+        longest = max(*self.train.curriculum, *self.train.eval_lengths)
+        if longest > self.model.max_positions:
+            raise PydanticCustomError(
+                "sizes",
+                "model.max_positions must not be below the longest length of curriculum and eval_lengths",
+            )
+        return self

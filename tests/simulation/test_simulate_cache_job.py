@@ -83,12 +83,6 @@ def test_object_semantics_touch_forward(tmp_path: Path, trace: str) -> None:
     assert {row["block_hits"] for row in result.results} == {15 - 8}
 
 
-def test_curve_is_refused_for_object_semantics(tmp_path: Path, trace: str) -> None:
-    with pytest.raises(UsageError, match="curve is of prefix hits, got semantics 'object'"):
-        simulate(tmp_path, trace, semantics="object", curve=True)
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_trace_that_cannot_be_read_leaves_no_run_folder(tmp_path: Path) -> None:
     with pytest.raises(PiKVError, match="no such file"):
         simulate(tmp_path, str(tmp_path / "none.jsonl"))

@@ -25,6 +25,13 @@ class Component:
     def plain(self) -> Any:
         return {"name": self.name, **self.options} if self.options else self.name
 
+    def label(self, *said: str) -> str:
+        """Return it as on the command line, with what the command line cannot say, and `said`, in brackets."""
+        listed = {key: value for key, value in self.options.items() if isinstance(value, list | tuple)}
+        name = ":".join([self.name, *("+".join(map(str, value)) for value in listed.values())])
+        options = [f"{key}={value}" for key, value in self.options.items() if key not in listed]
+        return f"{name}({', '.join([*options, *said])})" if options or said else name
+
 
 @dataclass(frozen=True)
 class MemberOf:

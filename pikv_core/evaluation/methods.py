@@ -32,19 +32,10 @@ def parse(text: str) -> dict[str, Any]:
 
 def label(policy: Component, codec: Component, allocation: Component, rerotate: bool = False) -> str:
     """Name a method as on the command line, with what the command line cannot say in brackets."""
-    name = _named(policy, ["rerotate"] if rerotate else [])
+    name = policy.label(*(["rerotate"] if rerotate else []))
     if codec.name != "none":
-        name = _named(codec) if name == "full" else f"{name}+{_named(codec)}"
-    return name if allocation == Component("uniform") else f"{name}@{_named(allocation)}"
-
-
-def _named(component: Component, more: list[str] | None = None) -> str:
-    options = dict(component.options)
-    name = component.name
-    if name == SWITCH and "policies" in options:
-        name = f"{SWITCH}:{'+'.join(options.pop('policies'))}"
-    said = [*(f"{key}={value}" for key, value in options.items()), *(more or [])]
-    return f"{name}({', '.join(said)})" if said else name
+        name = codec.label() if name == "full" else f"{name}+{codec.label()}"
+    return name if allocation == Component("uniform") else f"{name}@{allocation.label()}"
 
 
 def _split(text: str, joined: str) -> tuple[list[str], list[str]]:

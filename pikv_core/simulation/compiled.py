@@ -21,7 +21,7 @@ def compiled(function: Callable[..., Any], name: str, *parts: type) -> Callable[
     files = [*sorted(Path(__file__).parent.glob("*.py")), *(Path(inspect.getfile(part)) for part in parts)]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
     function.__qualname__ = f"{name}_{digest}"
-    options: dict[str, Any] = {"_nrt": False}
+    options: dict[str, Any] = {"_nrt": False, "nogil": True}
     try:
         return njit(**options, cache=True)(function)
     except RuntimeError:  # no folder for the cache can be written

@@ -63,7 +63,8 @@ def replay(
     progress: called now and then with the requests done and all of them.
     """
     order = touch_order(policy, semantics, touch)
-    capacity = max(1, min(capacity_blocks, trace.num_blocks))
+    room = trace.num_blocks if policy.unbounded else capacity_blocks
+    capacity = max(1, min(room, trace.num_blocks))
     state = policy.state(trace, capacity)
     resident = np.zeros(trace.num_blocks, np.uint8)
     counters = np.zeros(EXPIRED + 1, np.int64)
@@ -88,7 +89,7 @@ def replay(
         evictions=int(counters[EVICTED]),
         evictions_unused=int(counters[EVICTED_UNUSED]),
         expirations=int(counters[EXPIRED]),
-        requests_larger_than_cache=int((trace.blocks_per_request > capacity_blocks).sum()),
+        requests_larger_than_cache=int((trace.blocks_per_request > room).sum()),
     )
 
 

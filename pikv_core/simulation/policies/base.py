@@ -33,8 +33,9 @@ class RequestPolicy(ABC):
 
     always_forward: its blocks are touched first to last, whatever was asked for. expires: blocks leave by themselves
     (`expire`). leaf_first: touched last to first, it never drops a block whose successor in a prompt it holds.
-    knows_future: it is a bound, not a policy to run. forget: function (state, block) that takes a resident block out
-    because another policy chose it; None where a policy cannot, which then has no place in a `switch`.
+    knows_future: it is a bound, not a policy to run. unbounded: the capacity is ignored and nothing ever leaves.
+    forget: function (state, block) that takes a resident block out because another policy chose it; None where a
+    policy cannot, which then has no place in a `switch`.
     """
 
     name: ClassVar[str]
@@ -42,6 +43,7 @@ class RequestPolicy(ABC):
     expires: ClassVar[bool] = False
     leaf_first: ClassVar[bool] = False
     knows_future: ClassVar[bool] = False
+    unbounded: ClassVar[bool] = False
     forget: ClassVar[Any] = None
 
     @abstractmethod

@@ -44,11 +44,18 @@ class Tokens:
 class Policy:
     """Base of all policies; on its own it keeps and reads every token.
 
-    calibrated: whether it needs tensors that were fitted to the model (`LayerRun.fitted`).
+    calibrated: whether it needs tensors that were fitted to the model (`LayerRun.fitted`). reads: what else it asks of
+    a run: the stored "keys" and "values", the model's "rotary" embedding.
     """
 
     name: ClassVar[str]
     calibrated: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Name all that the policy goes by, beside the tokens' positions."""
+        return frozenset({*self.reads, *(("calibration",) if self.calibrated else ())})
 
 
 class Evictor(Policy, Observer, ABC):
@@ -63,6 +70,11 @@ class Evictor(Policy, Observer, ABC):
     decides_once: ClassVar[bool] = False
     looks: ClassVar[Literal["repeat", "future"] | None] = None
     sees_queries: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        asked = {"attention": self.observes > 0, "queries": self.sees_queries, "repetition": self.looks == "repeat"}
+        return super().needs | {name for name, is_asked in asked.items() if is_asked}
 
     @abstractmethod
     def score(self, tokens: Tokens) -> torch.Tensor:
@@ -87,6 +99,7 @@ class Selector(Policy, ABC):
     dense_layers: the first layers, which read everything.
     """
 
+    reads: ClassVar[tuple[str, ...]] = ("keys", "queries")
     page_tokens: int
     dense_layers: int
 

@@ -34,6 +34,7 @@ class ExpectedAttention(Evictor):
 
     decides_once: ClassVar[bool] = True
     sees_queries: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ("keys", "values", "rotary")
     sinks: Annotated[int, Field(ge=0)] = 4
     future: Annotated[int, Field(ge=1)] = 512
     epsilon: Annotated[float, Field(ge=0)] = 1e-2

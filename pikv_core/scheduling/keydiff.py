@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.base import Evictor, Tokens
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class KeyDiff(Evictor):
     """Keep the keys with the least cosine to their head's anchor: the mean of its stored keys, each normalised."""
+
+    reads: ClassVar[tuple[str, ...]] = ("keys",)
 
     def score(self, tokens: Tokens) -> torch.Tensor:
         from torch.nn import functional

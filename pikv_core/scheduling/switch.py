@@ -76,6 +76,7 @@ class Switch(Evictor):
         own = [_own(name, column) for name, candidate in candidates.items() for column in candidate.columns]
         object.__setattr__(self, "candidates", candidates)
         object.__setattr__(self, "columns", (NEWEST, PROMPT_END, *own))
+        object.__setattr__(self, "reads", tuple({name for one in candidates.values() for name in one.reads}))
 
     @property
     def observes(self) -> int:

@@ -16,6 +16,7 @@ from pikv_core.cache import by_hand
 from pikv_core.cache.attention import ENTRY
 from pikv_core.cache.budget import Budget, Shape
 from pikv_core.cache.layer import CacheLayer
+from pikv_core.cache.recording import Recorder
 from pikv_core.cache.rotary import Rotary
 from pikv_core.cache.support import check_layers, check_recipe, windows
 from pikv_core.components import Component, build
@@ -194,6 +195,19 @@ class PiKVCache(Cache):
     def retrieve(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return a layer's keys and values [B,G,S,D], decoded, and their true positions [B,G,S] (-1: empty)."""
         return self.own_layers[layer].retrieve()
+
+    def record(self, recorder: Recorder) -> None:
+        """Let a recorder see keys, queries and attention of what is fed from now on, which changes nothing else.
+
+        Raises UsageError where the cache keeps a part or codes: a record is of the whole attention.
+        """
+        if self.recipe.policy.name != "full" or self.recipe.codec.name != "none":
+            raise UsageError(
+                "only a cache of policy 'full' and codec 'none' records: what is dropped or coded has no attention",
+                hint="leave out policy, budget and codec",
+            )
+        for layer in self.own_layers:
+            layer.recorder = recorder
 
     def hold(self) -> None:
         """Keep all that arrives, whatever the budget, until `compress`; statistics go on."""

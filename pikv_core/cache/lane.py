@@ -16,6 +16,7 @@ import torch
 from pikv_core.cache.chunks import attend_in_chunks
 from pikv_core.cache.eviction import evict
 from pikv_core.cache.page_bounds import PageBounds
+from pikv_core.cache.recording import CHUNK_QUERIES, Recorded
 from pikv_core.cache.store import Store
 from pikv_core.compression.base import Codec
 from pikv_core.compression.none import Plain
@@ -186,6 +187,35 @@ class Lane:
             self._show(watchers, position, new, T, probs, num_visible)
 
         return attend_in_chunks(query, read, visible_until, scale, softcap, sinks, num_shown, show)
+
+    def replay(
+        self,
+        recorded: Recorded,
+        query: torch.Tensor | None,
+        position: torch.Tensor,
+        watchers: Sequence[Observer],
+        capacity: Callable[[], int],
+    ) -> torch.Tensor:
+        """Show the watchers recorded attention over what is stored; return the positions [B,G,S] that are read.
+
+        query: [B,H,T,D], of which a single one lets a selector choose; position [B,T]. Nothing may be encoded.
+        """
+        assert self.body is None
+        T, held = position.shape[1], self.tail.position
+        first = max(0, T - max((watcher.observes for watcher in watchers), default=0))
+        for start in range(first, T, CHUNK_QUERIES):
+            new = slice(start, min(T, start + CHUNK_QUERIES))
+            probs, sinks = (self.of_heads(x) for x in recorded(new))
+            index = held.clamp(min=0, max=probs.shape[-1] - 1).long()
+            by_head = probs.unflatten(1, (held.shape[1], -1))
+            visible = self._visible(self.tail, position[:, new])
+            mass = by_head.gather(-1, index[:, :, None, None].expand(*by_head.shape[:4], -1)) * visible[:, :, None]
+            whole = mass.sum(-1) + sinks.unflatten(1, (held.shape[1], -1))
+            shares = mass / whole.clamp(min=torch.finfo(mass.dtype).tiny)[..., None]
+            self._show(watchers, position, new, T, [shares], visible.sum(-1).expand(*held.shape[:2], -1))
+        if query is None or T > 1:
+            return held
+        return self._read(self.tail, query, capacity).position
 
     def _show(
         self,

@@ -14,6 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from pikv_core.cache.budget import Budget, Shape
 from pikv_core.cache.head_budgets import HeadBudgets
 from pikv_core.cache.lane import Lane, LayerPlan
+from pikv_core.cache.recording import Recorded, Recorder
 from pikv_core.cache.store import EMPTY
 from pikv_core.compression.base import Codec
 from pikv_core.errors import PiKVError, UsageError
@@ -42,6 +43,7 @@ class CacheLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
+    recorder: Recorder | None = None  # is told of every step
 
     def __init__(
         self,
@@ -232,6 +234,9 @@ class CacheLayer(CacheLayerMixin):
             if by_group is not None and lane.pairs is not None:
                 own = by_group[0, lane.head[:, 0].to(by_group.device)][:, None]
             attended = lane.attend(lane.of_heads(query), rows, scale, softcap, own, watchers, self._read_tokens)
+            if self.recorder is not None:  # apart from the output, which stays the same to the bit
+                self.recorder.take(self.index, keys, query)
+                lane.attend(query, rows, scale, softcap, own, [self.recorder], self._read_tokens)
             if lane.pairs is None:
                 output = attended
             else:
@@ -258,6 +263,26 @@ class CacheLayer(CacheLayerMixin):
             own = {name: lane.of_rows(x)[:, None].expand(lane.of_heads(keys).shape[:3]) for name, x in given.items()}
             lane.arrive(lane.of_heads(keys), lane.of_heads(values), lane.of_rows(position), own)
         self._end_step(keys.shape[2], is_prompt)
+
+    def replay(self, recorded: Recorded, query: torch.Tensor | None = None) -> torch.Tensor:
+        """Take the tokens given to `update` with recorded attention in place of the model's, then drop.
+
+        What is shown of it is its rows over what is stored, each brought back to a sum of 1. query: [B,H,T,D], for
+        policies that go by queries. Returns the true positions [B,G,S] of what the newest query reads, -1 for none.
+        """
+        keys, values, position, is_prompt = self._take(None)
+        if query is not None and self.evictor is not None and self.evictor.sees_queries and is_prompt:
+            self.evictor.observe_queries(query, position, self.run)
+        watchers = self._watchers(is_prompt)
+        read = []
+        for lane in self.lanes:
+            rows = lane.of_rows(position)
+            lane.arrive(lane.of_heads(keys), lane.of_heads(values), rows)
+            own = None if query is None else lane.of_heads(query)
+            read.append(lane.replay(recorded, own, rows, watchers, self._read_tokens))
+        read_position = self._gathered(read, EMPTY)
+        self._end_step(keys.shape[2], is_prompt)
+        return read_position
 
     def _refuse_without_queries(self, is_prompt: bool, given: Mapping[str, torch.Tensor]) -> None:
         """Raise UsageError where somebody waits for attention, and is not given all of his columns."""

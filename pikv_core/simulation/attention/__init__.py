@@ -1,0 +1,1 @@
+"""Recorded attention: its file, and the replay of token policies over it."""

@@ -1,0 +1,108 @@
+"""In the first layer, which no eviction reaches from below, a replay holds what the model's own cache holds."""
+
+import pytest
+import torch
+from simulation.attention.recorded import NUM_PROMPT, NUM_STEPS, held, record, run, tokens
+
+from pikv_core.cache import PiKVCache
+from pikv_core.cache.lane import Lane
+from pikv_core.components import Component, build
+from pikv_core.model.steps import feed, step
+from pikv_core.scheduling import POLICIES
+from pikv_core.scheduling.base import Selector
+from pikv_core.schema import CacheRecipe
+from pikv_core.simulation.attention.needs import missing
+from pikv_core.simulation.attention.replay import Replay
+from pikv_core.simulation.attention.trace import load
+
+REFUSED = {"duo-attention", "expected-attention", "kvzip"}
+OPTIONS = {"snapkv": {"window": 8}, "quest": {"page_tokens": 8, "dense_layers": 0}}
+
+
+@pytest.fixture(scope="module")
+def traces(small_model, tmp_path_factory):
+    """Return a function: architecture → its trace, recorded whole in float32."""
+    folder = tmp_path_factory.mktemp("traces")
+
+    def trace(arch):
+        path = folder / f"{arch}.safetensors"
+        return load(path) if path.exists() else record(small_model(arch), path)[0]
+
+    return trace
+
+
+def replayable():
+    return [name for name in POLICIES.names() if name not in REFUSED]
+
+
+def test_what_a_trace_holds_decides_what_it_serves(traces):
+    trace = traces("llama")
+    assert trace.holds == {"attention", "keys", "queries"}
+    assert {name for name in POLICIES.names() if missing(trace, build(POLICIES, Component(name)))} == REFUSED
+
+
+@pytest.mark.parametrize("budget", [0.3, 14, 1])
+@pytest.mark.parametrize("name", [name for name in replayable() if not issubclass(POLICIES[name], Selector)])
+def test_the_first_layer_holds_the_same_tokens_after_every_step(name, budget, small_model, traces):
+    if name == "full" and budget != 1:
+        pytest.skip("full takes no budget")
+    if name == "fastv":
+        budget = {0.3: 0.8, 14: 60, 1: 50}[budget]
+    if (name, budget) == ("keydiff", 1):
+        pytest.skip("two keys are equally far from their mean")
+    share = 1.0 if name == "full" else budget
+    recipe = CacheRecipe(policy=Component(name, OPTIONS.get(name, {})), budget=share)
+    replay = Replay(traces("llama"), recipe)
+    real = run(small_model("llama"), recipe)
+    replay.prefill()
+    assert held(replay.cache) == next(real)
+    for position in range(NUM_PROMPT, NUM_PROMPT + NUM_STEPS):
+        for layer in range(3):
+            replay.step(layer, position)
+        assert held(replay.cache) == next(real), position
+
+
+@pytest.mark.parametrize("arch", ["gpt_oss", "gemma2", "qwen3", "pikv"])
+@pytest.mark.parametrize("allocation", ["uniform", "ada-kv"])
+def test_other_attentions_and_allocations_too(arch, allocation, small_model, traces):
+    recipe = CacheRecipe(policy=Component("h2o"), budget=0.4, allocation=Component(allocation))
+    replay = Replay(traces(arch), recipe)
+    real = run(small_model(arch), recipe)
+    replay.prefill()
+    assert held(replay.cache) == next(real)
+    for position in range(NUM_PROMPT, NUM_PROMPT + NUM_STEPS):
+        replay.step(0, position)
+        assert held(replay.cache) == next(real), position
+
+
+@pytest.mark.parametrize("budget", [24, 0.6])
+def test_quest_reads_the_pages_that_the_model_reads(budget, small_model, traces, monkeypatch):
+    seen = []
+    original = Lane._read
+
+    def read(lane, store, query, capacity):
+        picked = original(lane, store, query, capacity)
+        if lane.plan.run.index == 0:
+            seen.append(sorted(at for at in picked.position[0, 0].tolist() if at >= 0))
+        return picked
+
+    monkeypatch.setattr(Lane, "_read", read)
+    recipe = CacheRecipe(policy=Component("quest", OPTIONS["quest"]), budget=budget)
+    list(run(small_model("llama"), recipe))
+    real = [*seen]
+    replay = Replay(traces("llama"), recipe)
+    replay.prefill()
+    found = [replay.step(0, at)[1] for at in range(NUM_PROMPT, NUM_PROMPT + NUM_STEPS)]
+    assert len(real) == NUM_STEPS
+    assert [sorted(at for at in read[0].tolist() if at >= 0) for read in found] == real
+    assert any(len(x) < NUM_PROMPT for x in real)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt_oss"])
+def test_recording_changes_nothing(arch, small_model, tmp_path):
+    model = small_model(arch)
+    _, logits = record(model, tmp_path / "trace.safetensors")
+    ids, cache = tokens(model), PiKVCache.for_model(model, CacheRecipe())
+    expected = [feed(model, cache, ids[:, :NUM_PROMPT])]
+    expected += [step(model, cache, ids[:, at]) for at in range(NUM_PROMPT, ids.shape[1])]
+    assert torch.equal(logits, torch.cat(expected))

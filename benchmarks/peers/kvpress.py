@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from agreement import TIE, Agreement, compare
 from kvpress_side.protocol import Prompts, Side, measure, save
+from peer import ROOT, peer_python
 from report import commit, machine, table
 
 from pikv_core import recipes
@@ -33,8 +34,6 @@ from pikv_core.files import sha256, write_json, write_text
 from pikv_core.model.loading import LoadedModel, load_model
 from pikv_core.runs import Reporter, versions
 
-ROOT = Path(__file__).resolve().parents[2]
-PEER_ENVIRONMENT = ROOT / ".venv-kvpress"
 PEER_PACKAGES = ("kvpress==0.5.5", "transformers==5.2.0", "torch==2.13.0")
 
 
@@ -173,7 +172,7 @@ def _run_peer(
     folder: Path,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return kvpress's report, and its kept positions and scores by `<label>/<group>/<layer>/kept|score`."""
-    python = arguments.env or _peer_python()
+    python = arguments.env or peer_python("kvpress", PEER_PACKAGES)
     save(folder / "prompts.npz", groups)
     job = {
         "model": str(Path(loaded.source).resolve()),
@@ -196,16 +195,6 @@ def _run_peer(
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     with np.load(folder / "positions.npz") as arrays:
         return report, dict(arrays)
-
-
-def _peer_python() -> Path:
-    python = PEER_ENVIRONMENT / "bin" / "python"
-    if not (PEER_ENVIRONMENT / "ready").exists():
-        _say(f"making {PEER_ENVIRONMENT.name} with {', '.join(PEER_PACKAGES)}")
-        subprocess.run([sys.executable, "-m", "venv", "--clear", PEER_ENVIRONMENT], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PEER_PACKAGES], check=True, stdout=sys.stderr)
-        (PEER_ENVIRONMENT / "ready").touch()
-    return python
 
 
 def _agreement(label: str, side: OwnSide, compared: list[torch.Tensor], peer: dict[str, np.ndarray]) -> Agreement:

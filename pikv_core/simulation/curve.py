@@ -1,23 +1,21 @@
-"""The exact prefix hits of LRU at every capacity, in one pass over the trace.
-
-LRU is a stack algorithm (Mattson 1970): a cache of C blocks holds the top C of one recency stack. A block at
-depth d when its request arrives is resident from capacity d on, and is a prefix hit from the greatest depth
-among the blocks up to it. Depths come from a Fenwick tree over time slots, one live slot per block, renumbered
-when slots run out.
-"""
+"""The exact hits of LRU at every capacity, in one pass over the trace, and what they say of a capacity."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pikv_core.errors import UsageError
 from pikv_core.simulation.compiled import compiled
-from pikv_core.simulation.replay import Backend, Touch
+from pikv_core.simulation.replay import Backend, Semantics, Touch, slices
+from pikv_core.simulation.stack_depths import count_object, count_prefix, make_stack
 from pikv_core.simulation.trace import Trace
 
 
@@ -30,95 +28,51 @@ class Curve:
     block_accesses: int
     input_tokens: int
     touch: Touch
+    semantics: Semantics
 
 
-def curve(trace: Trace, touch: Touch = "reverse", backend: Backend = "numba") -> Curve:
-    """Return the prefix hits at every capacity; beyond num_blocks they stay as at num_blocks."""
+def curve(
+    trace: Trace,
+    touch: Touch = "reverse",
+    semantics: Semantics = "prefix",
+    backend: Backend = "numba",
+    progress: Callable[[int, int], None] | None = None,
+) -> Curve:
+    """Return the hits at every capacity; beyond num_blocks they stay as at num_blocks.
+
+    touch: of prefix hits; object hits are always touched forward. progress: called now and then with the requests
+    done and all of them.
+    """
     longest = int(trace.blocks_per_request.max(initial=0))
-    num_slots = 2 * trace.num_blocks + longest
     histogram = np.zeros((2, trace.num_blocks + 1), np.int64)
-    (_compiled_depths() if backend == "numba" else _depths)(
-        trace.ids,
-        trace.starts,
-        trace.input_tokens,
-        trace.block_tokens,
-        np.zeros(trace.num_blocks, np.int64),
-        np.full(num_slots + 1, -1, np.int32),
-        np.zeros(num_slots + 1, np.int32),
-        touch == "reverse",
-        histogram,
-    )
-    block_hits, token_hits = np.cumsum(histogram, axis=1)
-    return Curve(block_hits, token_hits, trace.ids.size, int(trace.input_tokens.sum()), touch)
+    stack = make_stack(trace.num_blocks, longest)
+    columns = (trace.ids, trace.starts, trace.input_tokens, trace.block_tokens)
+    how: Any = touch == "reverse" if semantics == "prefix" else np.zeros(max(1, longest), np.int32)
+    count = _compiled_count(semantics) if backend == "numba" else _count(semantics)
+    for first, last in slices(trace):
+        count(*columns, first, last, how, stack, histogram)
+        if progress is not None:
+            progress(last, trace.num_requests)
+    block_hits, token_hits = np.cumsum(histogram, axis=1, out=histogram)
+    order: Touch = touch if semantics == "prefix" else "forward"
+    return Curve(block_hits, token_hits, trace.ids.size, int(trace.input_tokens.sum()), order, semantics)
+
+
+def worthwhile_capacity(curve: Curve, share: float = 0.9) -> int:
+    """Return the least capacity, in blocks, with this share of the hits that an infinite cache has.
+
+    share: from 0 to 1, taken as the decimal that it is written as.
+    """
+    if not 0 <= share <= 1:
+        raise UsageError(f"share: expected a number from 0 to 1, got '{share}'", hint="0.9 is nine hits of ten")
+    wanted = math.ceil(Decimal(str(share)) * int(curve.block_hits[-1]))
+    return int(np.searchsorted(curve.block_hits, wanted))
+
+
+def _count(semantics: Semantics) -> Callable[..., None]:
+    return count_prefix if semantics == "prefix" else count_object
 
 
 @cache
-def _compiled_depths() -> Callable[..., None]:
-    return compiled(_depths, "curve_depths")
-
-
-def _depths(
-    ids: Any,
-    starts: Any,
-    input_tokens: Any,
-    block_tokens: int,
-    slots: Any,
-    owners: Any,
-    tree: Any,
-    reverse: bool,
-    histogram: Any,
-) -> None:
-    """Count blocks (row 0) and tokens (row 1) by the capacity that makes them hits: histogram [2, U + 1].
-
-    slots: last time slot of each of the U blocks, 0 for none. owners: block of each slot, -1 for none.
-    tree: counts of live slots. Slots are numbered from 1.
-    """
-    num_slots = owners.size - 1
-    now = 0
-    num_live = 0
-    for request in range(starts.size - 1):
-        first, end = starts[request], starts[request + 1]
-        if now + end - first > num_slots:
-            now = 0
-            for slot in range(1, num_slots + 1):
-                owner = owners[slot]
-                if owner >= 0:
-                    now += 1
-                    owners[slot] = -1
-                    owners[now] = owner
-                    slots[owner] = now
-            for slot in range(1, num_slots + 1):
-                low = slot & -slot
-                tree[slot] = min(slot, now) - min(slot - low, now)
-        depth = 0
-        tokens_before = 0
-        for access in range(first, end):
-            slot = slots[ids[access]]
-            if slot == 0:
-                break
-            older_or_same = 0
-            while slot > 0:
-                older_or_same += tree[slot]
-                slot -= slot & -slot
-            depth = max(depth, num_live - older_or_same + 1)
-            tokens = min(block_tokens * (access - first + 1), input_tokens[request])
-            histogram[0, depth] += 1
-            histogram[1, depth] += tokens - tokens_before
-            tokens_before = tokens
-        for step in range(end - first):
-            block = ids[end - 1 - step if reverse else first + step]
-            slot = slots[block]
-            if slot > 0:
-                owners[slot] = -1
-                while slot <= num_slots:
-                    tree[slot] -= 1
-                    slot += slot & -slot
-            else:
-                num_live += 1
-            now += 1
-            slots[block] = now
-            owners[now] = block
-            slot = now
-            while slot <= num_slots:
-                tree[slot] += 1
-                slot += slot & -slot
+def _compiled_count(semantics: Semantics) -> Callable[..., None]:
+    return compiled(_count(semantics), f"curve_{semantics}")

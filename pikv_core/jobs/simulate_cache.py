@@ -46,7 +46,7 @@ class Result:
 
 def run(recipe: SimulateRecipe, run: Run) -> Result:
     """Read the trace, replay every policy at every capacity, and write the run folder."""
-    trace = load(recipe.trace)
+    trace = load(recipe.trace).trace
     semantics = _semantics(recipe, trace)
     run.reporter.status(
         f"{recipe.trace}: {trace.num_requests:,} requests, {trace.ids.size:,} block accesses, "

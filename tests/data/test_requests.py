@@ -44,7 +44,7 @@ def test_records_have_the_mooncake_shape(tmp_path: Path, block_tokens: int) -> N
     assert all(earlier["timestamp"] <= later["timestamp"] for earlier, later in pairwise(records))
     seen = dict.fromkeys(block for record in records for block in record["hash_ids"])
     assert list(seen) == list(range(len(seen)))
-    trace = load(str(tmp_path / "requests.jsonl"))
+    trace = load(str(tmp_path / "requests.jsonl")).trace
     assert (trace.num_requests, trace.block_tokens) == (len(records), block_tokens)
 
 

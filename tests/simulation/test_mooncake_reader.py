@@ -12,6 +12,7 @@ import pytest
 from pikv_core.errors import PiKVError
 from pikv_core.simulation.load import load
 from pikv_core.simulation.readers import READERS
+from pikv_core.simulation.source import Head, first_head
 
 RECORDS = [
     {"timestamp": 0, "input_length": 1000, "output_length": 7, "hash_ids": [900, 5]},
@@ -37,7 +38,7 @@ def written(folder: Path, text: str | bytes) -> str:
     ],
 )
 def test_columns(tmp_path: Path, text: str) -> None:
-    trace = load(written(tmp_path, text))
+    trace = load(written(tmp_path, text)).trace
     assert trace.starts.tolist() == [0, 2, 6, 6]
     assert (trace.num_requests, trace.num_blocks, trace.block_tokens) == (3, 4, 512)
     assert trace.ids.dtype.name == "int32"
@@ -52,14 +53,7 @@ def test_columns(tmp_path: Path, text: str) -> None:
 def test_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.TextIOWrapper(io.BytesIO("\n".join(LINES).encode()))
     monkeypatch.setattr(sys, "stdin", stream)
-    assert load("-").num_requests == 3
-
-
-def test_block_size_is_of_the_whole_trace(tmp_path: Path) -> None:
-    sized = [json.dumps({**record, "block_size": 16}) for record in RECORDS]
-    assert load(written(tmp_path, "\n".join(sized))).block_tokens == 16
-    with pytest.raises(PiKVError, match=r"trace.jsonl:3: block_size: expected 16 as in the lines before, got 512"):
-        load(written(tmp_path, "\n".join([*sized[:2], LINES[2]])))
+    assert load("-").trace.num_requests == 3
 
 
 def changed(**changes: object) -> str:
@@ -82,7 +76,8 @@ def changed(**changes: object) -> str:
         (changed(hash_ids=[1, "a"]), "hash_ids: expected whole numbers of at most 64 bits"),
         (changed(hash_ids=[1.5]), "hash_ids: expected whole numbers of at most 64 bits"),
         (changed(hash_ids=[2**64]), "hash_ids: expected whole numbers of at most 64 bits"),
-        (changed(block_size=0), "block_size: expected a number of tokens of at least 1, got 0"),
+        (changed(input_length=10**4000), "input_length: expected a number of tokens, got 1000"),
+        ("[" * 100_000, "nested too deep for a record of a trace"),
     ],
 )
 def test_damaged_line(tmp_path: Path, line: str, problem: str) -> None:
@@ -106,9 +101,9 @@ def test_every_cut_inside_the_last_record_is_noticed(tmp_path: Path) -> None:
         (b"", ": the trace is empty"),
         (b" \n\n", ": the trace is empty"),
         (LINES[2].encode(), ": no request has a block"),
-        (b"\ntime,id\n1,2\n", ":2: this line begins no trace of a known format"),
+        (b"\ntime,name\n1,2\n", ":2: this line begins no trace of a known format"),
         (b'{"timestamp": 1}', ":1: this line begins no trace of a known format"),
-        (b'{"chat_id": 1, "hash_ids": [1]}', ":1: this line begins no trace of a known format"),
+        (b"\0\1\2\3" * 99, ": these bytes begin no trace of a known format"),
         (LINES[0].encode() + b"\n\x1f\x8b\xff", ":2: not UTF-8 text"),
     ],
 )
@@ -123,11 +118,15 @@ def test_file_that_is_no_trace(tmp_path: Path, content: bytes, problem: str) -> 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(PiKVError, match="cannot read the trace: no such file"):
         load(str(tmp_path / "none.jsonl"))
-    with pytest.raises(PiKVError, match="cannot read the trace: is a directory"):
+    with pytest.raises(PiKVError, match="the folder is empty"):
+        load(str(tmp_path))
+    (tmp_path / "readme.txt").write_text("nothing to read")
+    with pytest.raises(PiKVError, match="none of the folder's files is of a known format"):
         load(str(tmp_path))
 
 
 @pytest.mark.parametrize("reader", READERS.names())
 def test_a_reader_says_what_it_reads_and_recognises_no_other_text(reader: str) -> None:
     assert READERS[reader].shape
-    assert READERS[reader].recognises("once upon a time") is False
+    assert READERS[reader].recognises(first_head(b"once upon a time")) is False
+    assert READERS[reader].recognises(Head(files=("LICENSE",))) is False

@@ -26,7 +26,7 @@ OBJECT_HIT_RATIOS = {
 def trace() -> Trace:
     if not FILE.is_file():
         pytest.skip("the Mooncake conversation trace is not here")
-    return load(str(FILE))
+    return load(str(FILE)).trace
 
 
 def test_size(trace: Trace) -> None:

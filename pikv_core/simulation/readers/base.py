@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pikv_core.errors import PiKVError
 from pikv_core.simulation.source import Head, Source
@@ -34,6 +34,12 @@ class Damage:
         self.count += 1
         if len(self.places) < SHOWN:
             self.places.append(told)
+
+    @property
+    def summary(self) -> str:
+        """Return what was left out, for a status line."""
+        more = self.count - len(self.places)
+        return "; ".join([f"left out {self.places[0]}", *self.places[1:]]) + (f"; and {more:,} more" if more else "")
 
 
 @dataclass
@@ -72,19 +78,19 @@ class Reader(ABC):
         """
 
 
-def parsed(
-    source: Source, damage: Damage, parse: Callable[[str], Any], hint: str, skip_first: bool = False
-) -> Iterator[Any]:
-    """Yield what `parse` makes of each line; it raises Damaged, or ValueError for text that it cannot take apart.
+def read_lines(
+    source: Source, damage: Damage, parse: Callable[[str], None], hint: str, skip_first: bool = False
+) -> None:
+    """Give each line to `parse`, which takes it whole or raises Damaged (or ValueError) and takes nothing.
 
-    skip_first: the first line has been read already, a header.
+    skip_first: the first line, a header, has been read already.
     """
     lines = source.lines()
     if skip_first:
         next(lines, None)
     for number, line in lines:
         try:
-            yield parse(line.decode())
+            parse(line.decode())
         except UnicodeDecodeError:
             damage.take(f"{source.name}:{number}", "not UTF-8 text", hint)
         except (Damaged, ValueError) as error:

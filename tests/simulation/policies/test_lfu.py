@@ -40,7 +40,7 @@ def test_equals_counts() -> None:
 def test_object_hit_ratios_of_the_conversation_trace() -> None:
     if not FILE.is_file():
         pytest.skip("the Mooncake conversation trace is not here")
-    trace = load(str(FILE))
+    trace = load(str(FILE)).trace
     expected = {1000: 0.0481, 10000: 0.1318, 50000: 0.3438}
     found = {
         capacity: round(replay(trace, LFU(), capacity, "object").block_hits / trace.ids.size, 4)

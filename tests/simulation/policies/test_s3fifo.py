@@ -75,6 +75,6 @@ def test_equals_three_lists(small: float, ghost: float, threshold: int) -> None:
 def test_object_hits_of_the_conversation_trace() -> None:
     if not FILE.is_file():
         pytest.skip("the Mooncake conversation trace is not here")
-    trace = load(str(FILE))
+    trace = load(str(FILE)).trace
     found = {capacity: replay(trace, S3FIFO(), capacity, "object").block_hits for capacity in (1000, 10000, 50000)}
     assert found == {1000: 15676, 10000: 55525, 50000: 82850}  # as libCacheSim 0.3.5 counts them

@@ -9,7 +9,7 @@ from pikv_core.schema import RECIPES
 from pikv_core.strict_yaml import parse_yaml
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted((ROOT / "recipes").rglob("*.yaml"))
+FILES = sorted(file for file in (ROOT / "recipes").rglob("*.yaml") if file.parent.name != "tiers")
 VERBS = {"simulate": "simulate-cache"}
 GIVEN_AS_FLAGS = ("model", "trace")
 

@@ -161,7 +161,8 @@ def _keys_at(schema: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
             continue
         annotation = schema.model_fields[str(part)].annotation
         if get_origin(annotation) is list:
-            annotation = getattr(get_args(annotation)[0], "__origin__", None)
+            entry = get_args(annotation)[0]
+            annotation = getattr(entry, "__origin__", entry)
         elif get_origin(annotation) is UnionType:
             annotation = get_args(annotation)[0]
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):

@@ -39,9 +39,8 @@ class Recording:
     block_tokens: int
     is_global: bool  # block ids mean the same in every session
     ids: Any = field(default_factory=lambda: array("q"))  # [A]
-    sizes: array[int] = field(
-        default_factory=lambda: array("q")
-    )  # [n] of blocks; what follows is of each request too, up to the categories
+    # of each request [n], up to the categories:
+    sizes: array[int] = field(default_factory=lambda: array("q"))  # blocks
     times_s: array[float] = field(default_factory=lambda: array("d"))
     inputs: array[int] = field(default_factory=lambda: array("q"))
     outputs: array[int] = field(default_factory=lambda: array("q"))

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 OLDER, NEWER = 0, 1
 
 
-def make_lists(num_blocks: int, num_lists: int = 1) -> NDArray[np.int32]:
+def make_lists(num_blocks: int, num_lists: int = 1) -> NDArray[np.uint32]:
     """Return `num_lists` empty lists over `num_blocks` blocks."""
-    links = np.zeros((num_blocks + num_lists, 2), np.int32)
+    links = np.zeros((num_blocks + num_lists, 2), np.uint32)
     links[num_blocks:] = np.arange(num_blocks, num_blocks + num_lists)[:, None]
     return links
 

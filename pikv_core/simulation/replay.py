@@ -76,8 +76,9 @@ def replay(
     else:
         hits = np.zeros(trace.ids.size, np.uint8)
         how = single_accesses(trace)
+    ids = trace.ids.view(np.uint32)  # no index below zero, so none that compiled code has to wrap around
     for first, last in slices(trace):
-        loop(trace.ids, trace.starts, first, last, state, resident, capacity, how, counters, hits)
+        loop(ids, trace.starts, first, last, state, resident, capacity, how, counters, hits)
         if progress is not None:
             progress(last, trace.num_requests)
     return Replay(
@@ -89,7 +90,7 @@ def replay(
         evictions=int(counters[EVICTED]),
         evictions_unused=int(counters[EVICTED_UNUSED]),
         expirations=int(counters[EXPIRED]),
-        requests_larger_than_cache=int((trace.blocks_per_request > room).sum()),
+        requests_larger_than_cache=_larger_than(room, trace),
     )
 
 
@@ -115,9 +116,16 @@ def _by_request(hit: NDArray[Any], trace: Trace) -> NDArray[np.integer]:
     return ends[trace.starts[1:]] - ends[trace.starts[:-1]]
 
 
+def _larger_than(room: int, trace: Trace) -> int:
+    """Count the requests of more blocks than there is room for."""
+    if trace.longest_request_blocks <= room:
+        return 0
+    return int((trace.blocks_per_request > room).sum())
+
+
 def single_accesses(trace: Trace) -> bool:
     """Tell whether every request is a single access."""
-    return trace.ids.size == trace.num_requests and bool((trace.blocks_per_request == 1).all())
+    return trace.ids.size == trace.num_requests and trace.longest_request_blocks == 1
 
 
 def _loop(policy: RequestPolicy, semantics: Semantics, backend: Backend) -> Callable[..., None]:
@@ -162,7 +170,7 @@ def _prefix_loop(functions: Functions) -> Callable[..., None]:
             hits[request] = num_hits
             for step in range(end - begin):
                 access = end - 1 - step if reverse else begin + step
-                block = ids[access]
+                block: Any = np.int64(ids[access])
                 if resident[block]:
                     resident[block] = USED
                     note_touch(state, block, access, request)
@@ -219,7 +227,7 @@ def _object_loop(functions: Functions) -> Callable[..., None]:
                     num_resident -= 1
                     counters[EXPIRED] += 1
                     gone = expire(state, request)
-            block = ids[access]
+            block: Any = np.int64(ids[access])
             if resident[block]:
                 resident[block] = USED
                 hits[access] = 1

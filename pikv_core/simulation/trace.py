@@ -47,6 +47,10 @@ class Trace:
         return np.diff(self.starts)
 
     @cached_property
+    def longest_request_blocks(self) -> int:
+        return int(self.blocks_per_request.max(initial=0))
+
+    @cached_property
     def next_accesses(self) -> NDArray[np.int32]:
         """Return, per access, the index of the next access to the same block; A where there is none. [A]"""
         following = np.empty(self.ids.size, np.int32)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from pikv_core.simulation.policies.base import RequestPolicy
 from pikv_core.simulation.replay import replay
@@ -18,14 +21,16 @@ ORDERS = (("prefix", "reverse"), ("prefix", "forward"), ("object", "forward"))
 
 @dataclass(frozen=True)
 class Log:
-    """Requests with the times (ms) and categories of each."""
+    """Requests with the time (ms), category and turn of each."""
 
     requests: list[list[int]]
     times_ms: list[float]
     categories: list[str]
+    turns: list[int]
 
     def trace(self, block_tokens: int = 4) -> Trace:
-        return make_trace(self.requests, block_tokens, None, self.times_ms, self.categories)
+        trace = make_trace(self.requests, block_tokens, None, self.times_ms, self.categories)
+        return dataclasses.replace(trace, turn=np.array(self.turns, np.int32))
 
 
 def random_log(seed: int, num_requests: int = 30, mean_gap_ms: float = 1000.0) -> Log:
@@ -39,7 +44,8 @@ def random_log(seed: int, num_requests: int = 30, mean_gap_ms: float = 1000.0) -
         requests = [[ids.setdefault(tuple(path[: end + 1]), len(ids)) for end in range(len(path))] for path in paths]
     gaps = [random_.choice([0.0, 0.0, float(random_.randrange(1, 4)) * mean_gap_ms]) for _ in requests]
     categories = [random_.choice("ab") for _ in requests]
-    return Log(requests, list(itertools.accumulate(gaps)), categories)
+    turns = [random_.randrange(3) for _ in requests]
+    return Log(requests, list(itertools.accumulate(gaps)), categories, turns)
 
 
 def plain_replay(

@@ -13,7 +13,8 @@ from pikv_core.simulation.readers.base import Damage, Options, Reader
 from pikv_core.simulation.source import Head, Source
 from pikv_core.simulation.trace import Trace
 
-KEEP_FROM_S = 0.2  # of parsing: what took less is parsed again the next time
+KEEP_FROM_S = 0.2  # of parsing, and
+KEEP_FROM_BYTES = 1 << 20  # of the file: what took less is parsed again the next time
 TRIED_LINES = 50  # that may be damaged before one tells the format, where such lines are skipped
 ZIP = b"PK\x03\x04"
 
@@ -66,7 +67,9 @@ def load(
         and not reader.has_sessions
         and took_s >= KEEP_FROM_S
         and source.path is not None
-        and version == _version(source) is not None
+        and version is not None
+        and version == _version(source)
+        and version[1] >= KEEP_FROM_BYTES
     ):
         keep(source.path, reader.name, read)
     interleaving = options.interleave if reader.has_sessions else None

@@ -53,8 +53,8 @@ class KvModel:
 
     @property
     def attention_tokens(self) -> float:
-        """Return the prompt length at which attention has cost as many FLOPs as the weights."""
-        return 2 * self.num_active_params / self.attention_flops
+        """Return how far into a prompt attention is as much work for a token as the weights."""
+        return self.num_active_params / self.attention_flops
 
     def block_bytes(self, block_tokens: int) -> int:
         return self.bytes_per_token * block_tokens

@@ -10,24 +10,35 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from numba.extending import register_jitable
+from numpy.typing import NDArray
 
 from pikv_core.simulation.compiled import compiled
-from pikv_core.simulation.policies.base import Functions, RequestPolicy
+from pikv_core.simulation.policies.base import RequestPolicy
 
-# counters by tier; HITS: leading blocks found there first, USED: of these, blocks not recomputed
-RESIDENT, HITS, USED, USED_TOKENS, WRITTEN, EVICTED, EXPIRED = range(7)
-NUM_COUNTERS = 7
+# columns of a tally; HITS: leading blocks found there first, USED: of these, blocks not recomputed
+CAPACITY, THROUGH, RESIDENT, HITS, USED, USED_TOKENS, WRITTEN, EVICTED, EXPIRED = range(9)
+NUM_COLUMNS = 9
 
 _loops: dict[tuple[Any, ...], Callable[..., None]] = {}
+
+
+class Room(NamedTuple):
+    """What the functions of all tiers work on: three arrays, as every further one costs time; T tiers, U blocks."""
+
+    tally: NDArray[np.int64]  # [T, NUM_COLUMNS]
+    resident: NDArray[np.uint8]  # [T, U]
+    last: NDArray[np.int64]  # [U + 1, 2] access and request of each block's last use, at the end those under way
 
 
 class Level(NamedTuple):
     """What can be done to a tier and those below it."""
 
-    enter: Callable[..., None]  # (states, room, block, access, request): take in a block that is not in this tier
-    touch: Callable[..., None]  # (states, level, block, access, request): a block of the tier at `level` is used
-    expire: Callable[..., None]  # (states, room, request)
+    enter: Callable[..., None]  # (states, room, block): take in a block that is not in this tier
+    note: Callable[..., None]  # (states, room, block): a block of this tier is used, or came down to it again
+    touch: Callable[..., None]  # (states, room, at, block): note, in the tier at level `at`
+    expire: Callable[..., None]  # (states, room)
 
 
 def tier_loop(policies: Sequence[RequestPolicy], backend: Literal["numba", "python"]) -> Callable[..., None]:
@@ -44,80 +55,117 @@ def tier_loop(policies: Sequence[RequestPolicy], backend: Literal["numba", "pyth
 
 def _levels(policies: Sequence[RequestPolicy]) -> Level:
     level = len(policies) - 1
-    composed = _last(policies[level].functions(), level)
+    composed = _last(policies[level], level)
     for policy in reversed(policies[:-1]):
         level -= 1
-        composed = _above(policy.functions(), level, composed)
+        composed = _above(policy, level, composed)
     return composed
 
 
-def _last(functions: Functions, level: int) -> Level:
-    note_touch, admit, evict, expire = functions
+class _Own(NamedTuple):
+    """What a tier does by itself."""
+
+    settle: Callable[..., None]  # (states, room, block): take in a block; there is room
+    clear: Callable[..., int]  # (states, room, block): make room for a block where there is none; the victim or -1
+    note: Callable[..., None]
+    expire: Callable[..., None]
+
+
+def _own(policy: RequestPolicy, level: int) -> _Own:
+    """Return a tier's own functions.
+
+    A policy is told of the block's own last use, whose place in a prompt and whose time are the block's, also where
+    the block comes down at another moment; only a policy that lets blocks expire is told of the moment itself.
+    """
+    note_touch, admit, evict, expire = policy.functions()
+    is_told_now = policy.expires
 
     @register_jitable
-    def enter_last(states: Any, room: Any, block: int, access: int, request: int) -> None:
-        capacities, _through, resident, counters = room
-        if counters[level, RESIDENT] == capacities[level]:
-            victim = evict(states[0], block, access, request)
-            resident[level, victim] = 0
-            counters[level, EVICTED] += 1
-        else:
-            counters[level, RESIDENT] += 1
+    def settle(states: Any, room: Any, block: int) -> None:
+        tally, resident, last = room
+        tally[level, RESIDENT] += 1
+        tally[level, WRITTEN] += 1
         resident[level, block] = 1
-        counters[level, WRITTEN] += 1
-        admit(states[0], block, access, request)
+        use = last.shape[0] - 1 if is_told_now else block
+        admit(states[0], block, last[use, 0], last[use, 1])
 
     @register_jitable
-    def touch_last(states: Any, at: int, block: int, access: int, request: int) -> None:
-        note_touch(states[0], block, access, request)
+    def clear(states: Any, room: Any, block: int) -> int:
+        tally, resident, last = room
+        if tally[level, RESIDENT] < tally[level, CAPACITY]:
+            return -1
+        now = last.shape[0] - 1
+        victim = evict(states[0], block, last[now, 0], last[now, 1])
+        tally[level, RESIDENT] -= 1
+        tally[level, EVICTED] += 1
+        resident[level, victim] = 0
+        return victim
 
     @register_jitable
-    def expire_last(states: Any, room: Any, request: int) -> None:
-        _capacities, _through, resident, counters = room
+    def note(states: Any, room: Any, block: int) -> None:
+        _tally, _resident, last = room
+        use = last.shape[0] - 1 if is_told_now else block
+        note_touch(states[0], block, last[use, 0], last[use, 1])
+
+    @register_jitable
+    def expire_own(states: Any, room: Any) -> None:
+        tally, resident, last = room
+        request = last[last.shape[0] - 1, 1]
         gone = expire(states[0], request)
         while gone >= 0:
+            tally[level, RESIDENT] -= 1
+            tally[level, EXPIRED] += 1
             resident[level, gone] = 0
-            counters[level, RESIDENT] -= 1
-            counters[level, EXPIRED] += 1
             gone = expire(states[0], request)
 
-    return Level(enter_last, touch_last, expire_last)
+    return _Own(settle, clear, note, expire_own)
 
 
-def _above(functions: Functions, level: int, below: Level) -> Level:
-    _note_touch, _admit, evict, _expire = functions
-    enter_alone, touch_alone, expire_alone = _last(functions, level)
-    enter_below, touch_below, expire_below = below
-
-    @register_jitable
-    def enter(states: Any, room: Any, block: int, access: int, request: int) -> None:
-        capacities, through, resident, counters = room
-        if counters[level, RESIDENT] == capacities[level]:
-            victim = evict(states[0], block, access, request)
-            resident[level, victim] = 0
-            counters[level, RESIDENT] -= 1
-            counters[level, EVICTED] += 1
-            if resident[level + 1, victim]:
-                touch_below(states[1:], level + 1, victim, access, request)
-            elif not through[level]:
-                enter_below(states[1:], room, victim, access, request)
-        enter_alone(states, room, block, access, request)
-        if through[level] and not resident[level + 1, block]:
-            enter_below(states[1:], room, block, access, request)
+def _last(policy: RequestPolicy, level: int) -> Level:
+    """Return the functions of the last tier."""
+    settle, clear, note, expire = _own(policy, level)
 
     @register_jitable
-    def touch(states: Any, at: int, block: int, access: int, request: int) -> None:
+    def enter(states: Any, room: Any, block: int) -> None:
+        clear(states, room, block)
+        settle(states, room, block)
+
+    @register_jitable
+    def touch(states: Any, room: Any, at: int, block: int) -> None:
+        note(states, room, block)
+
+    return Level(enter, note, touch, expire)
+
+
+def _above(policy: RequestPolicy, level: int, below: Level) -> Level:
+    """Return the functions of a tier that has others below it."""
+    settle, clear, note, expire_own = _own(policy, level)
+    enter_below, note_below, touch_below, expire_below = below
+
+    @register_jitable
+    def enter(states: Any, room: Any, block: int) -> None:
+        tally, resident, _last = room
+        victim = clear(states, room, block)
+        settle(states, room, block)
+        down = block if tally[level, THROUGH] else victim
+        if victim >= 0 and resident[level + 1, victim]:
+            note_below(states[1:], room, victim)
+        if down >= 0 and not resident[level + 1, down]:
+            enter_below(states[1:], room, down)
+
+    @register_jitable
+    def touch(states: Any, room: Any, at: int, block: int) -> None:
         if at == level:
-            touch_alone(states, at, block, access, request)
+            note(states, room, block)
         else:
-            touch_below(states[1:], at, block, access, request)
+            touch_below(states[1:], room, at, block)
 
     @register_jitable
-    def expire_all(states: Any, room: Any, request: int) -> None:
-        expire_alone(states, room, request)
-        expire_below(states[1:], room, request)
+    def expire(states: Any, room: Any) -> None:
+        expire_own(states, room)
+        expire_below(states[1:], room)
 
-    return Level(enter, touch, expire_all)
+    return Level(enter, note, touch, expire)
 
 
 @register_jitable
@@ -149,7 +197,7 @@ def worth_using(
 
 def _loop(top: Level) -> Callable[..., None]:
     """Return the loop over requests `first` to `last`, which fills in what each found and used, [R]."""
-    enter, touch, expire_all = top
+    enter, _note, touch, expire = top
 
     def loop(
         ids: Any,
@@ -170,12 +218,14 @@ def _loop(top: Level) -> Callable[..., None]:
         used: Any,
         load_s: Any,
     ) -> None:
-        _capacities, _through, resident, counters = room
+        tally, resident, used_last = room
         sources, is_open = scratch
+        now = used_last.shape[0] - 1
         num_tiers = resident.shape[0]
         for request in range(first, last):
             begin, end = starts[request], starts[request + 1]
-            expire_all(states, room, request)
+            used_last[now, 0], used_last[now, 1] = begin, request
+            expire(states, room)
             num_found = 0
             while begin + num_found < end:
                 tier = 0
@@ -184,30 +234,30 @@ def _loop(top: Level) -> Callable[..., None]:
                 if tier == num_tiers:
                     break
                 sources[num_found] = tier
-                counters[tier, HITS] += 1
+                tally[tier, HITS] += 1
                 num_found += 1
             tokens = input_tokens[request]
             num_used, seconds = worth_using(sources, num_found, tokens, block_tokens, overlap, work_s, load, is_open)
             found[request], used[request], load_s[request] = num_found, num_used, seconds
             for place in range(num_used):
                 tier = sources[place]
-                counters[tier, USED] += 1
-                counters[tier, USED_TOKENS] += min((place + 1) * block_tokens, tokens) - min(
-                    place * block_tokens, tokens
-                )
+                tally[tier, USED] += 1
+                tally[tier, USED_TOKENS] += min((place + 1) * block_tokens, tokens) - min(place * block_tokens, tokens)
             for step in range(end - begin):
                 access = end - 1 - step if reverse else begin + step
                 block = ids[access]
+                used_last[now, 0] = access
+                used_last[block, 0], used_last[block, 1] = access, request
                 if resident[0, block]:
-                    touch(states, 0, block, access, request)
+                    touch(states, room, 0, block)
                     continue
                 place = access - begin
                 if place < num_used and sources[place] > 0:
                     tier = sources[place]
                     if resident[tier, block]:
-                        touch(states, tier, block, access, request)
+                        touch(states, room, tier, block)
                     if not promotes[tier]:
                         continue
-                enter(states, room, block, access, request)
+                enter(states, room, block)
 
     return loop

@@ -4,8 +4,8 @@ On arrival the leading run of blocks that some tier holds is found, each in its 
 is used that makes the first token soonest, by the time to load it and to compute the rest, `overlap` of the shorter
 hidden behind the longer: what a slow tier holds is recomputed where that is faster. Then the request's blocks are
 touched or enter the top tier. A tier's policy hears of the blocks that are used from there, that enter, and that
-leave the tier above while it holds them, with the access and the request under way: a lower tier orders blocks by
-when they came down. Reads are part of the time to first token; writes go on beside and cost bytes alone.
+leave the tier above while it holds them: a lower tier's lists are in the order in which blocks came down. Reads are
+part of the time to first token; writes go on beside and cost bytes alone. All servers share the tiers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pikv_core.simulation.cost.kv_model import KvModel
 from pikv_core.simulation.cost.prefill import compute_s
 from pikv_core.simulation.cost.serving import serve
 from pikv_core.simulation.cost.serving_row import ServingRow, compare
-from pikv_core.simulation.cost.tier_loop import NUM_COUNTERS, RESIDENT, tier_loop
+from pikv_core.simulation.cost.tier_loop import CAPACITY, HITS, NUM_COLUMNS, THROUGH, Room, tier_loop
 from pikv_core.simulation.cost.tier_rows import TierRow, tier_row
 from pikv_core.simulation.cost.tiers import Tier
 from pikv_core.simulation.replay import Touch, slices, touch_order
@@ -87,11 +87,11 @@ def replay_tiers(
     order = touch_order(tiers[0].policy, "prefix", touch)
     found, used = np.zeros(trace.num_requests, np.int64), np.zeros(trace.num_requests, np.int64)
     load_s = np.zeros(trace.num_requests)
-    counters = np.zeros((len(tiers), NUM_COUNTERS), np.int64)
-    run = _bound(trace, tiers, model, hardware, overlap, order, counters, (found, used, load_s), backend)
-    for first, last in _slices(trace, warm_up):
+    tally = np.zeros((len(tiers), NUM_COLUMNS), np.int64)
+    run = _bound(trace, tiers, model, hardware, overlap, order, tally, (found, used, load_s), backend)
+    for first, last in slices(trace, warm_up):
         if first == warm_up:
-            counters[:, np.arange(NUM_COUNTERS) != RESIDENT] = 0
+            tally[:, HITS:] = 0
         run(first, last)
         if progress is not None:
             progress(last, trace.num_requests)
@@ -102,7 +102,7 @@ def replay_tiers(
     accesses = int(trace.blocks_per_request[warm_up:].sum())
     span_s = float(arrival_s[-1] - arrival_s[warm_up])
     return TierStudy(
-        tiers=[tier_row(tier, count, trace, model, hardware, accesses, span_s) for tier, count in zip(tiers, counters)],
+        tiers=[tier_row(tier, count, trace, model, hardware, accesses, span_s) for tier, count in zip(tiers, tally)],
         serving=compare(trace, service_s, model, hardware, num_servers, slo_s, warm_up),
         touch=order,
         overlap=overlap,
@@ -121,13 +121,6 @@ def replay_tiers(
     )
 
 
-def _slices(trace: Trace, warm_up: int) -> list[tuple[int, int]]:
-    """Return the slices of a replay, cut where the warm-up ends."""
-    cuts = [(first, last, warm_up) for first, last in slices(trace)]
-    whole = [[(first, cut), (cut, last)] if first < cut < last else [(first, last)] for first, last, cut in cuts]
-    return [piece for pieces in whole for piece in pieces]
-
-
 def _bound(
     trace: Trace,
     tiers: Sequence[Tier],
@@ -135,16 +128,17 @@ def _bound(
     hardware: Hardware,
     overlap: float,
     order: Touch,
-    counters: NDArray[np.int64],
+    tally: NDArray[np.int64],
     requests: tuple[NDArray[Any], ...],
     backend: Literal["numba", "python"],
 ) -> Callable[[int, int], None]:
     """Return the loop as a function of the first and the last request."""
     capacities = [_capacity(tier, trace) for tier in tiers]
     states = tuple(tier.policy.state(trace, capacity) for tier, capacity in zip(tiers, capacities))
+    tally[:, CAPACITY] = capacities
+    tally[:, THROUGH] = [tier.writes_through for tier in tiers]
     resident = np.zeros((len(tiers), trace.num_blocks), np.uint8)
-    through = np.array([tier.writes_through for tier in tiers], np.uint8)
-    room = (np.array(capacities, np.int64), through, resident, counters)
+    room = Room(tally, resident, np.zeros((trace.num_blocks + 1, 2), np.int64))
     block_bytes = model.block_bytes(trace.block_tokens)
     load = (
         np.array([tier.latency_s for tier in tiers]),

@@ -41,32 +41,32 @@ class TierRow:
 
 def tier_row(
     tier: Tier,
-    counters: NDArray[np.int64],
+    tally: NDArray[np.int64],
     trace: Trace,
     model: KvModel,
     hardware: Hardware,
     accesses: int,
     span_s: float,
 ) -> TierRow:
-    """Return a tier's row; counters: those of tier_loop. accesses: of blocks. span_s: from first to last arrival."""
+    """Return a tier's row; tally: its columns in tier_loop. accesses: of blocks. span_s: from first to last arrival."""
     block_bytes = model.block_bytes(trace.block_tokens)
-    read, written = block_bytes * int(counters[USED]), block_bytes * int(counters[WRITTEN])
+    read, written = block_bytes * int(tally[USED]), block_bytes * int(tally[WRITTEN])
     capacity = None if tier.policy.unbounded else tier.capacity_blocks
     return TierRow(
         tier=tier.name,
         policy=tier.policy.name,
         capacity_blocks=capacity,
         capacity_bytes=None if capacity is None else capacity * block_bytes,
-        block_hits=int(counters[HITS]),
-        block_hit_ratio=int(counters[HITS]) / max(1, accesses),
-        blocks_used=int(counters[USED]),
-        tokens_used=int(counters[USED_TOKENS]),
+        block_hits=int(tally[HITS]),
+        block_hit_ratio=int(tally[HITS]) / max(1, accesses),
+        blocks_used=int(tally[USED]),
+        tokens_used=int(tally[USED_TOKENS]),
         bytes_read=read,
         bytes_written=written,
         read_utilisation=_utilisation(read, tier.read_bytes_per_s, span_s),
         write_utilisation=_utilisation(written, tier.write_bytes_per_s, span_s),
-        evictions=int(counters[EVICTED]),
-        expirations=int(counters[EXPIRED]),
+        evictions=int(tally[EVICTED]),
+        expirations=int(tally[EXPIRED]),
         break_even_tokens=break_even_tokens(tier, model, hardware, trace.block_tokens),
     )
 

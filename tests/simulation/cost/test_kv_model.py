@@ -126,8 +126,10 @@ def test_the_text_part_of_a_config_counts(tmp_path: Path) -> None:
 
 def test_attention_costs_as_much_as_the_weights_at_attention_tokens() -> None:
     model = KvModel.load("llama-3.1-8b")
-    tokens = model.attention_tokens
-    assert 2 * model.num_active_params * tokens == pytest.approx(2 * 32 * 32 * 128 * tokens**2)
+    place = model.attention_tokens
+    token = 32 * 32 * 4 * 128 * place  # queries with keys, shares with values, over all tokens before
+    assert token == pytest.approx(2 * model.num_active_params)
+    assert 2 * 32 * 32 * 128 * (2 * place) ** 2 == pytest.approx(2 * model.num_active_params * 2 * place)
 
 
 def test_capacities_in_bytes() -> None:

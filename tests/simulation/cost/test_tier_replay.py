@@ -206,6 +206,46 @@ def test_every_policy_keeps_its_books_in_every_tier(policy: str) -> None:
             assert 0 <= left <= limit, (seed, told)
 
 
+@pytest.mark.parametrize("expires", [False, True])
+def test_policies_are_told_of_a_use_of_the_block(expires: bool) -> None:
+    told: list[tuple[int, int, int]] = []
+
+    def noted(function: Any) -> Any:
+        def call(state: Any, block: int, access: int, request: int) -> None:
+            told.append((block, access, request))
+            function(state, block, access, request)
+
+        return call
+
+    lru = REQUEST_POLICIES["lru"]
+    members = {"touch": noted(lru.touch), "admit": noted(lru.admit), "expires": expires, "name": "spy"}
+    spy = type(
+        "Spy",
+        (lru,),
+        {key: value if key in ("expires", "name") else staticmethod(value) for key, value in members.items()},
+    )
+    for seed in range(20):
+        trace, _ = random_trace(seed, chained=seed % 2 == 0)
+        tiers = list(make_tiers({"tiers": random_tiers(seed, 3)}, MODEL, BLOCK_TOKENS))
+        tiers[1] = dataclasses.replace(tiers[1], policy=spy())
+        told.clear()
+        replay_tiers(trace, tiers, MODEL, HARDWARE, backend="python")
+        requests = [request for _, _, request in told]
+        if expires:
+            assert requests == sorted(requests)
+        for block, access, request in told:
+            assert trace.starts[request] <= access < trace.starts[request + 1]
+            assert expires or trace.ids[access] == block
+
+
+def test_the_place_in_the_prompt_goes_down_with_the_block() -> None:
+    tiers = [{"name": "hbm", "capacity": 2}, {"name": "dram", "capacity": 3, "policy": "length-aware"}]
+    trace = make_trace([[0, 1], [2], [3], [4], [5], [0, 1]], 512)
+    found = study(trace, tiers, backend="python", touch="forward")
+    # 0, 1 and 2 came down in this order; for 3 the block leaves that is farthest into its prompt
+    assert found.requests.blocks_found.tolist() == [0, 0, 0, 0, 0, 1]
+
+
 @pytest.mark.parametrize("write", ["back", "through"])
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
 def test_an_unlimited_last_tier_that_is_free_catches_every_repeat(write: str, policy: str) -> None:

@@ -10,7 +10,17 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from pikv_core.components import Component
-from pikv_core.schema.base import Budget, PolicySpec, Positive, Recipe, RequestPolicySpec, Section, Share, parse_bytes
+from pikv_core.schema.base import (
+    AllocationSpec,
+    Budget,
+    PolicySpec,
+    Positive,
+    Recipe,
+    RequestPolicySpec,
+    Section,
+    Share,
+    parse_bytes,
+)
 
 
 def _capacity(value: Any) -> Any:
@@ -119,6 +129,7 @@ class AttentionReplayRecipe(Recipe):
         Component("oracle"),
     ]
     budgets: Annotated[list[Budget], Field(min_length=1)]
+    allocation: AllocationSpec = Component("uniform")
     top_tokens: Positive = 16  # of a step, whose hit rate is told
     plot: bool = False
 

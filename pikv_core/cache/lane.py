@@ -213,9 +213,8 @@ class Lane:
             whole = mass.sum(-1) + sinks.unflatten(1, (held.shape[1], -1))
             shares = mass / whole.clamp(min=torch.finfo(mass.dtype).tiny)[..., None]
             self._show(watchers, position, new, T, [shares], visible.sum(-1).expand(*held.shape[:2], -1))
-        if query is None or T > 1:
-            return held
-        return self._read(self.tail, query, capacity).position
+        read = self.tail if query is None or T > 1 else self._read(self.tail, query, capacity)
+        return read.position.clone()  # evictions move slots in place
 
     def _show(
         self,

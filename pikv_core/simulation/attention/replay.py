@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,10 @@ class Replay:
         for layer in self.cache.own_layers:
             layer.policy = _told_only(self.policy, trace.holds)
             layer.reset()
-        self._keys = [self._vectors(layer) for layer in range(trace.header.num_layers)]
+
+    @functools.cached_property
+    def _keys(self) -> list[torch.Tensor]:
+        return [self._keys_of(layer) for layer in range(self.trace.header.num_layers)]
 
     def prefill(self) -> None:
         """Feed the prompt, and what a policy that knows the future is shown."""
@@ -94,7 +98,7 @@ class Replay:
         own.update(new_keys, new_keys)
         return own.replay(recorded, query)
 
-    def _vectors(self, layer: int) -> torch.Tensor:
+    def _keys_of(self, layer: int) -> torch.Tensor:
         """Return a layer's keys [1,G,S,D] in the model's dtype; zeros where none were recorded."""
         h, dtype = self.trace.header, getattr(torch, self.trace.header.dtype)
         keys = self.trace.vectors(layer, "keys")
@@ -113,6 +117,8 @@ def _config(header: Header) -> Any:
         num_attention_heads=header.num_heads,
         num_key_value_heads=header.num_kv_heads,
         head_dim=header.head_dim,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     config.sliding_window = next((window for window in header.windows if window), None)
     config.layer_types = ["sliding_attention" if window else "full_attention" for window in header.windows]

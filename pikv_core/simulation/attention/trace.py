@@ -2,8 +2,9 @@
 
 The file is one of safetensors. Per layer i it holds, as sparse rows in the order of query, then head:
 `layers.i.indices` and `layers.i.values` of all rows, `layers.i.row_starts` int64; and, where they were recorded,
-`layers.i.sinks` [N,H], `layers.i.keys` [G,S,D] and `layers.i.queries` [H,S,D]. The metadata has format, version and
-the header as JSON. Shapes: H query heads, G key/value heads, N recorded queries, S tokens, D head dim.
+`layers.i.sinks` [N,H], `layers.i.keys` [G,S,D] and `layers.i.queries` [H,S,D]. The metadata has one
+key, the format, with version and header as JSON.
+Shapes: H query heads, G key/value heads, N recorded queries, S tokens, D head dim.
 """
 
 from __future__ import annotations
@@ -108,9 +109,7 @@ def load(path: str | Path) -> AttentionTrace:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            _check_format(path, metadata)
-            header = _header(json.loads(metadata["header"]))
+            header = _header(path, file.metadata() or {})
             trace = AttentionTrace(header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             _check(trace)
     except OSError as error:
@@ -118,24 +117,22 @@ def load(path: str | Path) -> AttentionTrace:
         raise PiKVError(f"{path}: cannot read the trace: {reason.lower()}", hint=HINT) from error
     except SafetensorError as error:
         raise PiKVError(f"{path}: not a trace of attention, or a damaged one: {error}", hint=HINT) from error
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise PiKVError(f"{path}: the trace of attention is damaged: {error}", hint=HINT) from error
     return trace
 
 
-def _check_format(path: str | Path, metadata: dict[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise PiKVError(f"{path}: this file of safetensors is not a trace of attention", hint=HINT)
-    if metadata.get("version") != VERSION:
-        raise PiKVError(
-            f"{path}: the trace is of version '{metadata.get('version')}', and this program reads '{VERSION}'",
-            hint="record it again",
-        )
-
-
-def _header(told: Any) -> Header:
+def _header(path: str | Path, metadata: dict[str, str]) -> Header:
     from pydantic import TypeAdapter
 
+    if FORMAT not in metadata:
+        raise PiKVError(f"{path}: this file of safetensors is not a trace of attention", hint=HINT)
+    told = json.loads(metadata[FORMAT])
+    version = told.pop("version")
+    if version != VERSION:
+        raise PiKVError(
+            f"{path}: the trace is of version '{version}', and this program reads '{VERSION}'", hint="record it again"
+        )
     return TypeAdapter(Header).validate_python(told)
 
 

@@ -46,7 +46,8 @@ class AttentionWriter:
 
     def add_vectors(self, layer: int, kind: Literal["keys", "queries"], vectors: NDArray[np.float32]) -> None:
         """Take the keys [G,T,D] or queries [H,T,D] of the layer's next T tokens; raises PiKVError on overflow."""
-        stored = vectors.astype(self.dtype)
+        with np.errstate(over="ignore"):
+            stored = vectors.astype(self.dtype)
         if not np.isfinite(stored).all():
             raise PiKVError(
                 f"layer {layer}: its {kind} are too large for a trace in {self.dtype}",
@@ -69,9 +70,9 @@ class AttentionWriter:
                 tensors[name] = whole.astype(np.uint16 if header.num_tokens <= 2**16 else np.int32)
             elif not name.endswith(".sinks") or whole.any():
                 tensors[name] = np.ascontiguousarray(whole)
-        told = {"format": FORMAT, "version": VERSION, "header": json.dumps(dataclasses.asdict(header))}
+        told = json.dumps({"version": VERSION, **dataclasses.asdict(header)})
         with replacing(path) as temporary:
-            save_file(tensors, temporary, told)
+            save_file(tensors, temporary, {FORMAT: told})  # one key: several would come in any order
 
     def _least(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return, for each row, the smallest of the largest entries that hold `top_p` of it. [N,H,1]"""

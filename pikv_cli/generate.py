@@ -34,6 +34,9 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample within this probability mass.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
+    record_attention: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the attention for simulate-cache.")
+    ] = None,
 ) -> None:
     """Generate text: the completion streams on stdout, the report of bytes and speed goes to stderr."""
     flags = {
@@ -54,6 +57,7 @@ def generate(
         "top_k": top_k,
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
+        "record_attention": record_attention,
     }
     shared.run("generate", flags, _show)
 
@@ -69,3 +73,5 @@ def _show(result: Any, folder: Path) -> None:
         f"({result.backend}); details: {folder}",
         err=True,
     )
+    if result.attention_trace is not None:
+        typer.echo(f"attention: {result.attention_trace}", err=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pikv_core.data.prompt_files import read_prompts
+from pikv_core.files import make_folder
 from pikv_core.runs import Run, find_model
 from pikv_core.schema import GenerateRecipe
 
@@ -38,13 +40,17 @@ class GenerateResult:
     model: str
     completions: list[Completion] | None
     events: list[dict[str, Any]]
+    attention_trace: str | None
 
 
 def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
     """Generate for every prompt of the recipe, in batches."""
     prompts = read_prompts(recipe)
     find_model(recipe.model)
+    if recipe.record_attention is not None:
+        make_folder(Path(recipe.record_attention).parent)  # or say so before the work
 
+    from pikv_core.jobs.record_attention import Recording
     from pikv_core.model.generation import as_chat, generate_batch
     from pikv_core.model.loading import load_model
 
@@ -58,7 +64,11 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
     for start in range(0, len(prompts), recipe.batch_size):
         part = prompts[start : start + recipe.batch_size]
         cache = loaded.new_cache(recipe)
+        path = recipe.record_attention
+        recording = None if path is None else Recording(path, recipe.record, cache)
         found, cost = generate_batch(loaded, recipe, part, cache, run.reporter, stream=single)
+        if recording is not None:
+            recording.write(found[0].num_prompt_tokens, loaded)
         completions += found
         events += cache.events if single else [{"batch": len(costs), **event} for event in cache.events]
         costs.append(cost)
@@ -87,6 +97,7 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
         model=loaded.source,
         completions=None if single else completions,
         events=events,
+        attention_trace=recipe.record_attention,
     )
     for name in ("resident_bytes", "peak_bytes", "full_bytes", "time_to_first_token_s"):
         run.telemetry.scalar(f"generate/{name}", getattr(result, name))

@@ -29,6 +29,15 @@ class CacheRecipe(Section):
         return self
 
 
+class RecordSettings(Section):
+    """How much of a run's attention its trace holds."""
+
+    top_p: Share = 0.999  # of each query's attention, by the tokens that get most of it; 1.0 is all
+    dtype: Literal["float16", "float32"] = "float16"  # float16 rounds to 11 bits, and what is below 3e-8 to 0
+    prompt_queries: Positive | None = None  # the newest of a prompt alone; some policies observe them all
+    vectors: bool = True  # keys and queries, for the policies that go by them
+
+
 class GenerateRecipe(Recipe):
     verb: Literal["generate"] = "generate"
     model: str
@@ -43,3 +52,21 @@ class GenerateRecipe(Recipe):
     top_k: Positive | None = None
     top_p: Share | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    record_attention: str | None = None  # a file of safetensors, for `pikv simulate-cache`
+    record: RecordSettings = RecordSettings()
+
+    @model_validator(mode="after")
+    def _records_the_whole(self) -> GenerateRecipe:
+        if self.record_attention is None:
+            return self
+        if self.prompts is not None:
+            text = "record_attention takes one prompt, not a file of many: a trace is of one sequence"
+            raise PydanticCustomError("sizes", "{text}", {"text": text})
+        for kind, chosen, whole in (("policy", self.cache.policy, "full"), ("codec", self.cache.codec, "none")):
+            if chosen.name != whole:
+                text = (
+                    f"record_attention needs {kind} '{whole}': a trace is of the whole attention, and a replay of it "
+                    f"tells what {kind} '{chosen.name}' would keep; leave out {kind}"
+                )
+                raise PydanticCustomError("sizes", "{text}", {"text": text})
+        return self

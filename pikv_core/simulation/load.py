@@ -45,7 +45,7 @@ def load(
     parsing took long. status: told what was skipped and where columns come from.
     """
     source = Source(trace)
-    if keep_columns and source.path is not None and source.path.is_file():
+    if keep_columns and source.path is not None and source.is_file:
         stored = kept(source.path)
         if stored is not None:
             _check_interleaving(source, READERS[stored.format], interleave)
@@ -102,7 +102,7 @@ def _reader(source: Source, skip_bad_lines: bool) -> Reader:
 
 def _version(source: Source) -> tuple[int, int] | None:
     """Return what changes with a file's bytes; None for anything but a file."""
-    if source.path is None or not source.path.is_file():
+    if source.path is None or not source.is_file:
         return None
     found = source.path.stat()
     return found.st_mtime_ns, found.st_size

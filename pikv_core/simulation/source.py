@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -37,10 +38,15 @@ class Source:
         self.name = "stdin" if trace == "-" else trace
         self._rest = self._chunks()
 
+    @property
+    def is_file(self) -> bool:
+        """Tell whether it is a file that is there, also one that cannot be read."""
+        return self.path is not None and os.path.isfile(self.path)
+
     @cached_property
     def files(self) -> tuple[Source, ...] | None:
         """Return a folder's files by name, hidden ones and folders within left out; None for anything else."""
-        if self.path is None or not self.path.is_dir():
+        if self.path is None or not os.path.isdir(self.path):
             return None
         with self._said():
             inside = sorted(self.path.iterdir())

@@ -118,6 +118,11 @@ def test_file_that_is_no_trace(tmp_path: Path, content: bytes, problem: str) -> 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(PiKVError, match="cannot read the trace: no such file"):
         load(str(tmp_path / "none.jsonl"))
+    with pytest.raises(PiKVError, match="cannot read the trace: file name too long"):
+        load(str(tmp_path / ("long" * 100)))
+    with pytest.raises(PiKVError, match="cannot read the trace: not a directory"):
+        load(written(tmp_path, "") + "/inside")
+    (tmp_path / "trace.jsonl").unlink()
     with pytest.raises(PiKVError, match="the folder is empty"):
         load(str(tmp_path))
     (tmp_path / "readme.txt").write_text("nothing to read")

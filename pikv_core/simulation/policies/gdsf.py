@@ -26,7 +26,10 @@ FRACTION_BITS = 16
 @REQUEST_POLICIES.register("gdsf")
 @dataclass(frozen=True)
 class GDSF(RequestPolicy):
-    """attention_tokens: how far into a prompt attention is as much work as the weights; None: no attention."""
+    """attention_tokens: how far into a prompt attention is as much work as the weights; None: no attention.
+
+    With it a block late in a prompt can outlive those before it, without which it gives no prefix hit.
+    """
 
     attention_tokens: Annotated[float, Field(ge=1)] | None = None
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from timed_replay import Log, check
 
@@ -42,6 +44,20 @@ def test_equals_plain(keep_counts: bool) -> None:
         return Plain(keep_counts)
 
     check(LengthAware(keep_counts), plain)
+
+
+def test_keys_hold_a_hundred_million_accesses() -> None:
+    trace = make_trace([list(range(2000))])
+    many = dataclasses.replace(trace, ids=np.broadcast_to(np.int32(0), 10**8))
+    policy = LengthAware(keep_counts=True)
+    starts, counts, settings, keys, *heap = policy.state(many, 2000)
+    counts[:5] = [0, 10**6, 10**6, 10**6 + 1, 10**9]
+    leaves_first = [(0, 0), (2, 1500), (1, 10), (3, 1500), (4, 1999)]
+    for block, place in leaves_first:
+        policy.admit((starts, counts, settings, keys, *heap), block, place, 0)
+    in_order = [int(keys[block]) for block, _place in leaves_first]
+    assert in_order == sorted(in_order)
+    assert 0 < in_order[0] and in_order[-1] < 2**62
 
 
 def test_known_hit_ratios() -> None:

@@ -61,16 +61,7 @@ def load(
     _check(source, reader, read, options.damage)
     if options.damage.count:
         status(options.damage.summary)
-    elif (
-        keep_columns
-        and reader.is_slow
-        and not reader.has_sessions
-        and took_s >= KEEP_FROM_S
-        and source.path is not None
-        and version is not None
-        and version == _version(source)
-        and version[1] >= KEEP_FROM_BYTES
-    ):
+    elif keep_columns and source.path is not None and _worth_keeping(reader, took_s, version, _version(source)):
         keep(source.path, reader.name, read)
     interleaving = options.interleave if reader.has_sessions else None
     return Loaded(read, reader.name, interleaving, options.damage.count, from_kept_columns=False)
@@ -101,11 +92,20 @@ def _reader(source: Source, skip_bad_lines: bool) -> Reader:
 
 
 def _version(source: Source) -> tuple[int, int] | None:
-    """Return what changes with a file's bytes; None for anything but a file."""
+    """Return what changes with a file's bytes, its time in ns and its size; None for anything but a file."""
     if source.path is None or not source.is_file:
         return None
     found = source.path.stat()
     return found.st_mtime_ns, found.st_size
+
+
+def _worth_keeping(
+    reader: Reader, took_s: float, before: tuple[int, int] | None, after: tuple[int, int] | None
+) -> bool:
+    """Tell whether to keep columns: of a file that nobody wrote to meanwhile and that took long to parse."""
+    if reader.has_sessions or not reader.is_slow or before is None or before != after:
+        return False
+    return took_s >= KEEP_FROM_S and before[1] >= KEEP_FROM_BYTES
 
 
 def _heads(head: Head, skip_bad_lines: bool) -> Iterator[Head]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pikv_core.errors import UsageError
 from pikv_core.simulation.curve import curve
 from pikv_core.simulation.replay import Backend, Semantics
-from pikv_core.simulation.trace import Trace, columns
+from pikv_core.simulation.trace import ROOT, Trace, dense
 
 GROUPS = 16
 STUDENT_95 = 2.131  # two-sided quantile of Student's t with GROUPS - 1 degrees of freedom
@@ -63,19 +63,18 @@ def sampled_curve(
         )
     if not 0 < rate <= 1:
         raise UsageError(f"sample: expected a share above 0 and up to 1, got '{rate}'", hint="0.01 is often enough")
-    blocks, groups = _sample(trace, rate, seed)
+    sample, groups = _sample(trace, rate, seed)
     all_accesses = trace.ids.size
-    capacity, ratio = _estimate(blocks, rate, all_accesses, backend)
+    capacity, ratio = _estimate(sample, rate, all_accesses, backend)
     partial = np.zeros((GROUPS, ratio.size))
     for group in range(GROUPS):
         if progress is not None:
             progress(group + 1, GROUPS + 1)
-        rest = _estimate(blocks[groups != group], rate * (GROUPS - 1) / GROUPS, all_accesses, backend)
-        partial[group] = np.interp(capacity, *rest)
+        rest = _objects(sample.ids[groups != group], sample.num_blocks)
+        partial[group] = np.interp(capacity, *_estimate(rest, rate * (GROUPS - 1) / GROUPS, all_accesses, backend))
     if progress is not None:
         progress(GROUPS + 1, GROUPS + 1)
     variance = (GROUPS - 1) * partial.var(axis=0) * (1 - rate)  # of a finite population: all of it has no error
-    num_blocks = capacity.size - 1
     return SampledCurve(
         capacity_blocks=np.ceil(capacity).astype(np.int64),
         block_hit_ratio=ratio,
@@ -83,47 +82,59 @@ def sampled_curve(
         least_capacity_blocks=0 if rate == 1 else math.ceil(FEWEST_HELD / rate),
         rate=rate,
         seed=seed,
-        num_sampled_blocks=num_blocks,
-        num_sampled_accesses=blocks.size,
-        warning=_warning(num_blocks, blocks.size),
+        num_sampled_blocks=sample.num_blocks,
+        num_sampled_accesses=sample.ids.size,
+        warning=_warning(sample.num_blocks, sample.ids.size),
     )
 
 
 def _estimate(
-    blocks: NDArray[np.int32], rate: float, all_accesses: int, backend: Backend
+    sample: Trace, rate: float, all_accesses: int, backend: Backend
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return capacities, in blocks of the whole trace, and hit ratios; blocks: the sample's accesses in order.
+    """Return capacities, in blocks of the whole trace, and hit ratios.
 
-    Of d blocks from a block on, the block itself is in the sample and of the others a share: 1 + (d - 1) × rate.
+    A block at depth d of the whole trace is, in the sample, below a share of the others: 1 + (d - 1) × rate.
     """
-    found = curve(_objects(blocks), semantics="object", backend=backend)
+    found = curve(sample, semantics="object", backend=backend)
     depths = np.arange(found.block_hits.size)
     expected = rate * all_accesses
-    hits = found.block_hits + (expected - blocks.size)
+    hits = found.block_hits + (expected - sample.ids.size)
     hits[0] = 0
     return np.where(depths > 0, (depths - 1) / rate + 1, 0.0), np.clip(hits / max(1.0, expected), 0, 1)
 
 
-def _objects(blocks: NDArray[np.int32]) -> Trace:
+def _objects(ids: NDArray[np.int32], num_blocks: int) -> Trace:
     """Return a trace with one access per request."""
-    count = blocks.size
+    count = ids.size
     none = np.zeros(count, np.int64)
-    clock = np.broadcast_to(np.float64(0), count)
-    return columns(blocks.astype(np.int64), np.arange(count + 1), clock, none, none, block_tokens=1, is_objects=True)
+    return Trace(
+        ids,
+        np.arange(count + 1),
+        timestamps_ms=np.broadcast_to(np.float64(0), count),
+        input_tokens=none,
+        output_tokens=none,
+        block_tokens=1,
+        num_blocks=num_blocks,
+        category=np.broadcast_to(np.int16(0), count),
+        turn=np.broadcast_to(np.int32(0), count),
+        parent=np.broadcast_to(np.int64(ROOT), count),
+        is_objects=True,
+    )
 
 
-def _sample(trace: Trace, rate: float, seed: int) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
-    """Return the block of each sampled access and its group, of GROUPS; both in the order of the trace."""
+def _sample(trace: Trace, rate: float, seed: int) -> tuple[Trace, NDArray[np.int8]]:
+    """Return the accesses to a share of the blocks, and the group, of GROUPS, that the block of each is in."""
     group_of_block = np.full(trace.num_blocks, -1, np.int8)
     for first in range(0, trace.num_blocks, STRETCH):
         share = _hashed(first, min(trace.num_blocks, first + STRETCH), seed)
         group_of_block[first : first + STRETCH] = np.where(share < rate, (share / rate * GROUPS).astype(np.int8), -1)
+    is_sampled = group_of_block >= 0
     kept = []
     for first in range(0, trace.ids.size, STRETCH):
         ids = trace.ids[first : first + STRETCH]
-        kept.append(ids[group_of_block[ids] >= 0])
+        kept.append(ids[is_sampled.take(ids)])
     blocks = np.concatenate([np.zeros(0, np.int32), *kept])
-    return blocks, group_of_block[blocks]
+    return _objects(*dense(blocks)), group_of_block[blocks]
 
 
 def _hashed(first: int, end: int, seed: int) -> NDArray[np.float64]:

@@ -21,6 +21,7 @@ from pikv_core.simulation.trace import Trace
 
 KEY_BITS = 62
 FRACTION_BITS = 16
+CALLS_PER_ACCESS = 4  # at most: as a tier below others it is also told of blocks that come down
 
 
 @REQUEST_POLICIES.register("gdsf")
@@ -42,8 +43,9 @@ class GDSF(RequestPolicy):
         """
         places = np.arange(max(1, int(trace.blocks_per_request.max(initial=0))))
         costs = 1 + (places * trace.block_tokens / self.attention_tokens if self.attention_tokens else 0.0 * places)
-        time_bits = trace.ids.size.bit_length()
-        priority_bits = (math.ceil(costs[-1] + 1) * trace.ids.size).bit_length()
+        most_accesses = CALLS_PER_ACCESS * trace.ids.size
+        time_bits = most_accesses.bit_length()
+        priority_bits = (math.ceil(costs[-1] + 1) * most_accesses).bit_length()
         fraction_bits = min(FRACTION_BITS, max(FRACTION_BITS // 2, KEY_BITS - priority_bits - time_bits))
         lost_bits = max(0, priority_bits + fraction_bits + time_bits - KEY_BITS)
         numbers = np.array([0, 0, time_bits - lost_bits, lost_bits], np.int64)

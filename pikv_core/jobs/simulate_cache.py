@@ -1,93 +1,83 @@
-"""Replay a request log under policies and capacities, or draw the exact hits of every capacity at once."""
+"""Replay a request log under policies and capacities, and draw the exact hits of every capacity at once."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
-from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pikv_core.components import build
-from pikv_core.errors import UsageError
-from pikv_core.files import replacing
+from pikv_core.components import Component, build
+from pikv_core.errors import PiKVError
 from pikv_core.runs import Run
 from pikv_core.schema import SimulateRecipe
+from pikv_core.simulation import lru_curve
 from pikv_core.simulation.ceiling import ceiling_hits
-from pikv_core.simulation.curve import Curve, curve
-from pikv_core.simulation.load import load
-from pikv_core.simulation.metrics import hit_row
-from pikv_core.simulation.picture import draw
+from pikv_core.simulation.cost.billing import Bill
+from pikv_core.simulation.lru_curve import LRUCurve
+from pikv_core.simulation.metrics import hit_row, hit_tokens
+from pikv_core.simulation.opened import Conventions, open_trace
 from pikv_core.simulation.policies import REQUEST_POLICIES
-from pikv_core.simulation.replay import Semantics, Touch, replay
+from pikv_core.simulation.policies.base import RequestPolicy
+from pikv_core.simulation.products import Products, products
+from pikv_core.simulation.sweep import sweep
 from pikv_core.simulation.trace import Trace
+
+OPTIMUM = "belady"
 
 
 @dataclass(frozen=True)
-class Result:
+class HitStudy(Conventions):
     """Rows by policy and capacity, with the conventions they were counted under."""
 
-    trace: str
-    semantics: Semantics
-    touch: Touch  # a row's own `touch` tells the order where a policy needs another
-    block_tokens: int
-    format: str
-    partial_block_counts: bool  # the last, partial block of a prompt has an id and can be hit
-    outputs_inserted: bool
-    warm_up_share: float  # of the requests, not counted
-    num_requests: int
-    num_unique_blocks: int
-    ceiling_hits: int  # blocks, with infinite capacity
+    bill: dict[str, Any] | None  # what blocks weigh and prompts cost
+    ceiling_hits: int  # blocks, of an infinite cache, after the warm-up
     ceiling_hit_ratio: float
     results: list[dict[str, Any]]
-    curve: dict[str, list[float]] | None  # of lru
+    curve: LRUCurve | None
 
 
-def run(recipe: SimulateRecipe, run: Run) -> Result:
+def run(recipe: SimulateRecipe, run: Run) -> HitStudy:
     """Read the trace, replay every policy at every capacity, and write the run folder."""
-    trace = load(recipe.trace).trace
-    semantics = _semantics(recipe, trace)
-    run.reporter.status(
-        f"{recipe.trace}: {trace.num_requests:,} requests, {trace.ids.size:,} block accesses, "
-        f"{trace.num_blocks:,} unique blocks of {trace.block_tokens} tokens"
-    )
-    capacities = [blocks for blocks in dict.fromkeys(recipe.capacities) if isinstance(blocks, int)] or capacity_grid(
-        trace.num_blocks
-    )
-    touch: Touch = "forward" if semantics == "object" else recipe.touch or "reverse"
-    warm_up = int(recipe.warm_up * trace.num_requests)
-    rows = _replay_all(recipe, trace, semantics, capacities, warm_up, run)
-    ceiling = ceiling_hits(trace, semantics)
-    run.telemetry.scalar("ceiling/block_hit_ratio", ceiling / trace.ids.size)
-    result = Result(
-        trace=recipe.trace,
-        semantics=semantics,
-        touch=touch,
-        block_tokens=trace.block_tokens,
-        format="mooncake",
-        partial_block_counts=recipe.partial_blocks,
-        outputs_inserted=False,
-        warm_up_share=recipe.warm_up,
-        num_requests=trace.num_requests,
-        num_unique_blocks=trace.num_blocks,
-        ceiling_hits=ceiling,
-        ceiling_hit_ratio=ceiling / trace.ids.size,
-        results=rows,
-        curve=_curve(trace, touch, capacities, rows, run) if recipe.curve else None,
-    )
-    run.finish(result, {"replay": "numba"})
-    return result
-
-
-def _semantics(recipe: SimulateRecipe, trace: Trace) -> Semantics:
-    """Return what counts as a hit: as asked, else what the log can tell."""
-    if trace.is_objects and recipe.semantics == "prefix":
-        raise UsageError(
-            f"{recipe.trace}: a log of single objects has no prefixes",
-            hint="leave --semantics out, or use --semantics object",
+    bill = Bill.of(recipe.serving)
+    policies = {component.label(): _priced(component, bill) for component in recipe.policies}
+    trace, conventions = open_trace(recipe, run.reporter)
+    told = {**vars(conventions), "bill": None if bill is None else bill.told()}
+    if not trace.ids.size:
+        rows = [_without_blocks(conventions, bill, trace)]
+        study = HitStudy(**told, ceiling_hits=0, ceiling_hit_ratio=0.0, results=rows, curve=None)
+        run.finish(study)
+        return study
+    warm_up = conventions.warm_up_requests
+    capacities = _capacities(recipe, bill, trace)
+    ceiling = ceiling_hits(trace, conventions.semantics, warm_up=warm_up)
+    ratio = ceiling / max(1, int(trace.blocks_per_request[warm_up:].sum()))
+    pairs = [(label, capacity) for label in policies for capacity in capacities]
+    rows = []
+    with products(recipe, trace, bill, warm_up, capacities[len(capacities) // 2], run) as kept:
+        replays = sweep(
+            trace,
+            [(policies[label], capacity) for label, capacity in pairs],
+            conventions.semantics,
+            recipe.touch,
+            recipe.threads or os.cpu_count() or 1,
+            _progress(pairs, run),
         )
-    return "object" if trace.is_objects else recipe.semantics or "prefix"
+        for (label, capacity), found in zip(pairs, replays):
+            row = {**asdict(hit_row(trace, found, warm_up)), "policy": label}
+            rows.append(row | _costs(bill, trace, capacity, hit_tokens(trace, found.hits), warm_up))
+            kept.take(label, capacity, found)
+            run.telemetry.scalar(f"block_hit_ratio/{label}", row["block_hit_ratio"], capacity)
+            run.telemetry.scalar(f"token_hit_ratio/{label}", row["token_hit_ratio"], capacity)
+        rows = _compared(rows, ceiling)
+        curve = _curve(recipe, conventions, trace, capacities, kept, run) if recipe.curve else None
+        kept.finish(rows, ratio)
+    run.telemetry.scalar("ceiling/block_hit_ratio", ratio)
+    study = HitStudy(**told, ceiling_hits=ceiling, ceiling_hit_ratio=ratio, results=rows, curve=curve)
+    run.finish(study, {"replay": "numba"})
+    return study
 
 
 def capacity_grid(num_blocks: int) -> list[int]:
@@ -95,44 +85,79 @@ def capacity_grid(num_blocks: int) -> list[int]:
     return sorted({max(1, -(-num_blocks // 2**halvings)) for halvings in range(7)})
 
 
-def _replay_all(
-    recipe: SimulateRecipe, trace: Trace, semantics: Semantics, capacities: list[int], warm_up: int, run: Run
-) -> list[dict[str, Any]]:
-    rows = []
-    policies = [build(REQUEST_POLICIES, component) for component in recipe.policies]
-    pairs = list(product(policies, capacities))
-    for done, (policy, capacity) in enumerate(pairs):
-        run.reporter.progress(f"replay: {policy.name} at {capacity:,} blocks", done, len(pairs))
-        found = hit_row(trace, replay(trace, policy, capacity, semantics, recipe.touch), warm_up)
-        rows.append(asdict(found))
-        run.telemetry.scalar(f"block_hit_ratio/{policy.name}", found.block_hit_ratio, capacity)
-        run.telemetry.scalar(f"token_hit_ratio/{policy.name}", found.token_hit_ratio, capacity)
-    return rows
+def _priced(component: Component, bill: Bill | None) -> RequestPolicy:
+    """Build a policy; one that goes by what blocks cost takes it from the model, unless it is told another."""
+    if bill is not None and "attention_tokens" in getattr(REQUEST_POLICIES[component.name], "__annotations__", ()):
+        told = {"attention_tokens": bill.model.attention_tokens, **component.options}
+        component = Component(component.name, told)
+    policy: RequestPolicy = build(REQUEST_POLICIES, component)
+    return policy
+
+
+def _capacities(recipe: SimulateRecipe, bill: Bill | None, trace: Trace) -> list[int]:
+    """Return the capacities in blocks, each once."""
+    blocks = [
+        int(capacity) if bill is None or isinstance(capacity, int) else bill.model.blocks(capacity, trace.block_tokens)
+        for capacity in recipe.capacities
+    ]
+    return list(dict.fromkeys(blocks)) or capacity_grid(trace.num_blocks)
+
+
+def _without_blocks(conventions: Conventions, bill: Bill | None, trace: Trace) -> dict[str, Any]:
+    """Return what serving a log of lengths costs; no hits can be had from it."""
+    if bill is None or bill.hardware is None:
+        raise PiKVError(
+            f"{conventions.trace}: a log of lengths alone ({conventions.format}) names no blocks, so it has no hits",
+            hint="use a log with the blocks of each prompt; --kv-model and --hardware tell times without a cache",
+        )
+    none = np.zeros(trace.num_requests, np.int64)
+    return {"policy": "none", **_costs(bill, trace, 0, none, conventions.warm_up_requests)}
+
+
+def _costs(bill: Bill | None, trace: Trace, capacity: int, tokens: NDArray[np.integer], warm_up: int) -> dict[str, Any]:
+    """Return bytes and times of a replay, as far as the recipe tells what they follow from; tokens: hit, [R]."""
+    if bill is None:
+        return {}
+    weight = {"capacity_bytes": capacity * bill.model.block_bytes(trace.block_tokens)}
+    return weight if bill.hardware is None else weight | asdict(bill.serving_row(trace, tokens, warm_up))
+
+
+def _compared(rows: list[dict[str, Any]], ceiling: int) -> list[dict[str, Any]]:
+    """Return the rows with their share of the ceiling's hits, and what their ratios lack to the optimum's."""
+    optimum = {row["capacity_blocks"]: row["block_hit_ratio"] for row in rows if row["policy"] == OPTIMUM}
+    return [
+        {
+            **row,
+            "share_of_ceiling": row["block_hits"] / max(1, ceiling),
+            "gap_to_optimum": optimum[row["capacity_blocks"]] - row["block_hit_ratio"] if optimum else None,
+        }
+        for row in rows
+    ]
 
 
 def _curve(
-    trace: Trace, touch: Touch, capacities: list[int], rows: list[dict[str, Any]], run: Run
-) -> dict[str, list[float]]:
-    """Write curve.npz (every capacity) and curve.png, and return the curve at the capacities asked for."""
+    recipe: SimulateRecipe, told: Conventions, trace: Trace, capacities: list[int], kept: Products, run: Run
+) -> LRUCurve:
     run.reporter.status("curve: lru at every capacity")
-    whole = curve(trace, touch)
-    _write_curve(whole, run.folder / "curve.npz")
-    with replacing(run.folder / "curve.png") as temporary:
-        draw(whole, rows, temporary)
-    at = np.minimum(capacities, trace.num_blocks)
-    return {
-        "capacity_blocks": list(capacities),
-        "block_hits": whole.block_hits[at].tolist(),
-        "block_hit_ratio": (whole.block_hits[at] / whole.block_accesses).tolist(),
-        "token_hit_ratio": (whole.token_hits[at] / max(1, whole.input_tokens)).tolist(),
-    }
-
-
-def _write_curve(whole: Curve, path: Path) -> None:
-    with replacing(path) as temporary:
-        np.savez_compressed(
-            temporary,
-            capacity_blocks=np.arange(whole.block_hits.size),
-            block_hits=whole.block_hits,
-            token_hits=whole.token_hits,
+    if recipe.sample is None:
+        curve, arrays = lru_curve.exact(trace, capacities, told.semantics, told.touch, told.warm_up_requests)
+    else:
+        curve, arrays = lru_curve.estimated(
+            trace, capacities, told.semantics, recipe.sample, recipe.seed, told.warm_up_requests
         )
+    if curve.warning is not None:
+        run.reporter.status(f"warning: {curve.warning}")
+    kept.take_curve(arrays)
+    return curve
+
+
+def _progress(pairs: list[tuple[str, int]], run: Run) -> Any:
+    """Return what is told of each replay how far it is."""
+    done = [0.0] * len(pairs)
+
+    def progress(index: int, share: float) -> None:
+        done[index] = share
+        label, capacity = pairs[index]
+        run.reporter.progress(f"replay: {label} at {capacity:,} blocks", sum(done), len(pairs))
+
+    return progress

@@ -6,7 +6,14 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from pikv_core.components import Component
@@ -45,6 +52,7 @@ def _interleaving(text: str) -> str:
     return text
 
 
+OF_ONE_TIER = ("policies", "capacities", "curve", "sample", "diagnostics")
 Capacity = Annotated[int | str, BeforeValidator(_capacity)]
 Interleaving = Annotated[str, AfterValidator(_interleaving)]
 
@@ -91,6 +99,16 @@ class SimulateRecipe(Recipe):
     def of(cls, tree: Mapping[str, Any]) -> type[Recipe]:
         return AttentionReplayRecipe if "budgets" in tree else cls
 
+    @property
+    def job(self) -> str:
+        return "simulate_cache" if self.tiers is None else "study_tiers"
+
+    @model_serializer(mode="wrap")
+    def _only_what_counts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree = handler(self)
+        unused = () if self.tiers is None else OF_ONE_TIER
+        return {name: value for name, value in tree.items() if name not in unused}
+
     @model_validator(mode="after")
     def _parts_fit(self) -> SimulateRecipe:
         asked = [
@@ -102,6 +120,10 @@ class SimulateRecipe(Recipe):
             (
                 self.serving.hardware is not None and self.serving.kv_model is None,
                 "serving.hardware needs serving.kv_model, for the work of a prompt",
+            ),
+            (
+                self.tiers is not None and any(name in self.model_fields_set for name in OF_ONE_TIER),
+                f"tiers have policies and capacities of their own: leave {', '.join(OF_ONE_TIER)} out",
             ),
             (
                 self.tiers is not None and self.serving.hardware is None,

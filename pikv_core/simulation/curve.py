@@ -37,11 +37,12 @@ def curve(
     semantics: Semantics = "prefix",
     backend: Backend = "numba",
     progress: Callable[[int, int], None] | None = None,
+    warm_up: int = 0,
 ) -> Curve:
     """Return the hits at every capacity; beyond num_blocks they stay as at num_blocks.
 
     touch: of prefix hits; object hits are always touched forward. progress: called now and then with the requests
-    done and all of them.
+    done and all of them. warm_up: requests that are not counted.
     """
     longest = int(trace.blocks_per_request.max(initial=0))
     histogram = np.zeros((2, trace.num_blocks + 1), np.int64)
@@ -49,13 +50,16 @@ def curve(
     columns = (trace.ids, trace.starts, trace.input_tokens, trace.block_tokens)
     how: Any = touch == "reverse" if semantics == "prefix" else np.zeros(max(1, longest), np.int32)
     count = _compiled_count(semantics) if backend == "numba" else _count(semantics)
-    for first, last in slices(trace):
+    for first, last in slices(trace, warm_up):
+        if first == warm_up:
+            histogram[:] = 0
         count(*columns, first, last, how, stack, histogram)
         if progress is not None:
             progress(last, trace.num_requests)
     block_hits, token_hits = np.cumsum(histogram, axis=1, out=histogram)
     order: Touch = touch if semantics == "prefix" else "forward"
-    return Curve(block_hits, token_hits, trace.ids.size, int(trace.input_tokens.sum()), order, semantics)
+    accesses, tokens = int(trace.blocks_per_request[warm_up:].sum()), int(trace.input_tokens[warm_up:].sum())
+    return Curve(block_hits, token_hits, accesses, tokens, order, semantics)
 
 
 def worthwhile_capacity(curve: Curve, share: float = 0.9) -> int:

@@ -101,10 +101,10 @@ def touch_order(policy: RequestPolicy, semantics: Semantics, asked: Touch | None
     return asked or "reverse"
 
 
-def slices(trace: Trace) -> list[tuple[int, int]]:
-    """Cut the requests into stretches of about SLICE_ACCESSES accesses."""
+def slices(trace: Trace, cut: int = 0) -> list[tuple[int, int]]:
+    """Cut the requests into stretches of about SLICE_ACCESSES accesses, and before the request `cut`."""
     wanted = np.arange(SLICE_ACCESSES, trace.ids.size, SLICE_ACCESSES)
-    cuts = np.unique(np.concatenate([[0], np.searchsorted(trace.starts, wanted), [trace.num_requests]]))
+    cuts = np.unique(np.concatenate([[0, cut], np.searchsorted(trace.starts, wanted), [trace.num_requests]]))
     return [(int(first), int(last)) for first, last in pairwise(cuts)]
 
 

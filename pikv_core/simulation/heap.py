@@ -3,7 +3,7 @@
 `keys` [num_blocks] belongs to the blocks; `slots` [capacity, 2] is the heap, each block with a copy of its key, so that
 a way through the heap stays within it; `places` [num_blocks] is the slot of each block in it; `count` [2] is how many
 slots are in use and whether the first of them is a hole: the block that was popped last left it, and the next one that
-comes takes it, without a way through the heap for either.
+comes takes it, without a way through the heap for either. Until then no key may change: `close` the hole first.
 """
 
 from __future__ import annotations

@@ -114,6 +114,23 @@ def test_twin_equals_compiled(semantics: str, touch: str, slice_accesses: int, m
     assert all(before[0] < after[0] for before, after in pairwise(told))
 
 
+@pytest.mark.parametrize(("semantics", "touch"), KINDS)
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(trace=traces(), capacity=st.integers(1, 80), data=st.data())
+def test_requests_of_the_warm_up_are_replayed_and_not_counted(
+    trace: Trace, capacity: int, data: st.DataObject, semantics: str, touch: str
+) -> None:
+    warm_up = data.draw(st.integers(0, trace.num_requests - 1))
+    found = curve(trace, touch, semantics, warm_up=warm_up)
+    row = replay(trace, REQUEST_POLICIES["lru"](), capacity, semantics, touch)
+    at = min(capacity, trace.num_blocks)
+    assert found.block_hits[at] == row.hits[warm_up:].sum()
+    assert found.token_hits[at] == hit_tokens(trace, row.hits)[warm_up:].sum()
+    assert found.block_accesses == trace.blocks_per_request[warm_up:].sum()
+    assert found.input_tokens == trace.input_tokens[warm_up:].sum()
+    assert found.block_hits[-1] == ceiling_hits(trace, semantics, warm_up=warm_up)
+
+
 def test_object_curve_tells_that_it_touched_forward() -> None:
     trace = make_trace([[0, 1], [0, 1]])
     assert curve(trace, "reverse", "object").touch == "forward"

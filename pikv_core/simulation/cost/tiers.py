@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from pikv_core.components import Component, build
+from pikv_core.components import Component
 from pikv_core.errors import UsageError
 from pikv_core.recipes import validate
 from pikv_core.schema.base import RequestPolicySpec, Section, parse_bytes
 from pikv_core.simulation.cost.kv_model import KvModel
+from pikv_core.simulation.cost.priced import build_priced
 from pikv_core.simulation.policies import REQUEST_POLICIES
 from pikv_core.simulation.policies.base import RequestPolicy
 from pikv_core.strict_yaml import parse_yaml
@@ -172,7 +173,7 @@ def _tier(settings: TierSettings, model: KvModel, block_tokens: int) -> Tier:
     speed = settings.speed
     return Tier(
         name=settings.name,
-        policy=build(REQUEST_POLICIES, settings.policy),
+        policy=build_priced(settings.policy, model),
         capacity_blocks=capacity,
         read_bytes_per_s=speed.read_gb_per_s * 1e9,
         write_bytes_per_s=speed.write_gb_per_s * 1e9,

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pikv_core.components import Component
 from pikv_core.simulation.ceiling import ceiling_hits
 from pikv_core.simulation.cost.hardware import Hardware
 from pikv_core.simulation.cost.kv_model import KvModel
 from pikv_core.simulation.cost.prefill import compute_s
+from pikv_core.simulation.cost.priced import build_priced
 from pikv_core.simulation.cost.tier_replay import TierStudy, replay_tiers
 from pikv_core.simulation.cost.tiers import make_tiers
 from pikv_core.simulation.policies import REQUEST_POLICIES
@@ -169,8 +171,20 @@ def same(one: TierStudy, other: TierStudy) -> bool:
     return one.plain() == other.plain() and all((left == right).all() for left, right in arrays)
 
 
-@pytest.mark.parametrize("policies", [("lru",), ("lru", "fifo"), ("fifo", "lfu", "lru")])
-def test_twin_equals_compiled(policies: tuple[str, ...]) -> None:
+SWITCH = {"name": "switch", "policies": ["lru", "lfu"], "window": 7}
+
+
+@pytest.mark.parametrize(
+    "policies",
+    [
+        ("lru",),
+        ("lru", "fifo"),
+        pytest.param(("fifo", "lfu", "lru"), marks=pytest.mark.slow),
+        pytest.param((SWITCH, "ttl"), marks=pytest.mark.slow, id="switch-ttl"),
+        pytest.param(("workload-aware", "gdsf"), marks=pytest.mark.slow),
+    ],
+)
+def test_twin_equals_compiled(policies: tuple[Any, ...]) -> None:
     for seed in range(40):
         trace, _ = random_trace(seed, chained=seed % 2 == 0)
         tiers = [{**told, "policy": name} for told, name in zip(random_tiers(seed, len(policies)), policies)]
@@ -185,7 +199,7 @@ def test_one_tier_equals_a_plain_replay(policy: str) -> None:
         for capacity in (1, 3, 8, 1000):
             tiers = [{"name": "hbm", "capacity": capacity, "policy": policy}]
             found = study(trace, tiers, backend="python")
-            expected = replay(trace, REQUEST_POLICIES[policy](), capacity, backend="python")
+            expected = replay(trace, build_priced(Component(policy), MODEL), capacity, backend="python")
             assert found.requests.blocks_found.tolist() == expected.hits.tolist()
             assert found.requests.blocks_used.tolist() == expected.hits.tolist()
             assert (found.tiers[0].evictions, found.tiers[0].expirations) == (expected.evictions, expected.expirations)

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from pikv_core.components import Component
 from pikv_core.errors import PiKVError, RecipeError, UsageError
 from pikv_core.simulation.cost.kv_model import KvModel
+from pikv_core.simulation.cost.priced import build_priced
 from pikv_core.simulation.cost.tiers import KNOWN, load_tiers, make_tiers
 
 MODEL = KvModel.load("llama-3.1-8b")
@@ -66,6 +68,26 @@ def test_files_that_hold_no_tiers(tmp_path: Path) -> None:
         make_tiers([], MODEL, 512)
     with pytest.raises(PiKVError, match="holds no block"):
         make_tiers({"tiers": [{"name": "hbm", "capacity": "1MiB"}]}, MODEL, 512)
+
+
+def test_a_policy_that_goes_by_costs_takes_them_from_the_model() -> None:
+    given = {"name": "gdsf", "attention_tokens": 9.0}
+    tiers = make_tiers(
+        {
+            "tiers": [
+                {"name": "hbm", "capacity": 5, "policy": "gdsf"},
+                {"name": "dram", "capacity": 5, "policy": given},
+            ]
+        },
+        MODEL,
+        512,
+    )
+    assert [vars(tier.policy) for tier in tiers] == [
+        {"attention_tokens": MODEL.attention_tokens},
+        {"attention_tokens": 9.0},
+    ]
+    assert vars(build_priced(Component("gdsf"), None)) == {"attention_tokens": None}
+    assert build_priced(Component("lru"), MODEL).name == "lru"
 
 
 def test_belady_may_run_on_top() -> None:

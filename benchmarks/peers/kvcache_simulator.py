@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -108,7 +109,7 @@ def _hits(peer: Peer, file: Path, trace: Trace, capacities: list[int]) -> list[d
 
 
 def _replay_times(peer: Peer, file: Path, trace: Trace, rounds: int) -> dict[str, Any]:
-    """Return median seconds of reading, of replaying lru at the timed capacities, and of our curve of all of them."""
+    """Return median CPU seconds of reading, of lru at the timed capacities, and of our curve of all capacities."""
     times: dict[str, dict[str, list[float]]] = {
         "read": {"kvcache-simulator": [], "pikv": []},
         "replay": {"kvcache-simulator": [], "pikv": []},
@@ -119,25 +120,31 @@ def _replay_times(peer: Peer, file: Path, trace: Trace, rounds: int) -> dict[str
         theirs = peer.ask(trace=str(file), block_tokens=BLOCK_TOKENS, capacities=TIMED_CAPACITIES, policies=["lru"])
         times["read"]["kvcache-simulator"].append(theirs["read_s"])
         times["replay"]["kvcache-simulator"].append(theirs["replay_s"])
-        began = time.perf_counter()
+        began = time.process_time()
         load(str(file), keep_columns=False)
-        read = time.perf_counter()
+        read = time.process_time()
         for capacity in TIMED_CAPACITIES:
             replay(trace, REQUEST_POLICIES["lru"](), capacity)
-        replayed = time.perf_counter()
+        replayed = time.process_time()
         curve(trace)
-        ended = time.perf_counter()
+        ended = time.process_time()
         times["read"]["pikv"].append(read - began)
         times["replay"]["pikv"].append(replayed - read)
         times["curve"]["pikv"].append(ended - replayed)
-    return {what: {side: _summary(seconds) for side, seconds in sides.items()} for what, sides in times.items()}
+    return {
+        what: {
+            side: {"median_cpu_s": statistics.median(seconds), "cpu_seconds": seconds}
+            for side, seconds in sides.items()
+        }
+        for what, sides in times.items()
+    }
 
 
 def _command_lines(python: Path, file: Path, folder: Path, rounds: int) -> dict[str, Any]:
     """Return the seconds of both command lines, lru at the timed capacities: compiling first, then warm."""
     theirs = [python.parent / "kvcache-simulator", "run", "--trace", file, "--block-size", str(BLOCK_TOKENS)]
     theirs += ["--model", MODEL, "--policies", "lru", "--format", "json"]
-    bytes_per_block = json.loads(_run(theirs, {})[1])["metadata"]["bytesPerBlock"]
+    bytes_per_block = json.loads(_run(theirs, {})[2])["metadata"]["bytesPerBlock"]
     budgets = ",".join(repr((blocks + 0.5) * bytes_per_block / 2**30) for blocks in TIMED_CAPACITIES)
     theirs += ["--budgets-gib", budgets]
     capacities = ",".join(map(str, TIMED_CAPACITIES))
@@ -145,16 +152,16 @@ def _command_lines(python: Path, file: Path, folder: Path, rounds: int) -> dict[
     ours += ["--out", folder / "run", "--json"]
     ours += ["--set", "keep_columns=false"]  # the trace is parsed by both every time
     sides = {"kvcache-simulator": (theirs, "TMPDIR"), "pikv": (ours, "NUMBA_CACHE_DIR")}
-    cold: dict[str, list[float]] = {side: [] for side in sides}
-    warm: dict[str, list[float]] = {side: [] for side in sides}
+    cold: dict[str, list[tuple[float, ...]]] = {side: [] for side in sides}
+    warm: dict[str, list[tuple[float, ...]]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side, (command, variable) in sides.items():
             with tempfile.TemporaryDirectory(dir=folder) as compiled:
                 shutil.rmtree(folder / "run", ignore_errors=True)
-                cold[side].append(_run(command, {variable: compiled})[0])
+                cold[side].append(_run(command, {variable: compiled})[:2])
                 shutil.rmtree(folder / "run", ignore_errors=True)
-                seconds, answer = _run(command, {variable: compiled})
-            warm[side].append(seconds)
+                *seconds, answer = _run(command, {variable: compiled})
+            warm[side].append(tuple(seconds))
             assert _capacities(json.loads(answer)) == TIMED_CAPACITIES
     return {
         what: {side: _summary(seconds) for side, seconds in times.items()}
@@ -162,10 +169,12 @@ def _command_lines(python: Path, file: Path, folder: Path, rounds: int) -> dict[
     }
 
 
-def _run(command: list[Any], variables: dict[str, str]) -> tuple[float, str]:
-    began = time.perf_counter()
+def _run(command: list[Any], variables: dict[str, str]) -> tuple[float, float, str]:
+    """Return seconds, CPU seconds and stdout."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables})
-    return time.perf_counter() - began, done.stdout
+    ended, after = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return ended - began, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
 
 
 def _capacities(answer: dict[str, Any]) -> list[int]:
@@ -174,8 +183,14 @@ def _capacities(answer: dict[str, Any]) -> list[int]:
     return [row["capacity_blocks"] for row in answer["results"]]
 
 
-def _summary(seconds: list[float]) -> dict[str, Any]:
-    return {"median_s": statistics.median(seconds), "seconds": seconds}
+def _summary(runs: list[tuple[float, ...]]) -> dict[str, Any]:
+    seconds, cpu_seconds = zip(*runs, strict=True)
+    return {
+        "median_s": statistics.median(seconds),
+        "median_cpu_s": statistics.median(cpu_seconds),
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+    }
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def table(found: dict[str, Any]) -> str:
         f"libCacheSim's Python binding {theirs['libcachesim']}, PiKV {ours['pikv']} with numba {ours['numba']}, "
         f"both Python {ours['python']}.",
         "",
-        "Hits are object hits. M/s are millions of accesses per second, medians of "
+        "Hits are object hits. M/s are millions of accesses per second of CPU time, medians of "
         f"{found['rounds']} rounds in which the sides alternate: libCacheSim's `process_trace` over a memory-mapped "
         "oracleGeneral file with its default hash table and with the best of four smaller ones (2 to the power of "
         "14, 16, 18, 20), PiKV's replay over dense ids in memory, compiled before.",
@@ -47,7 +47,7 @@ def _sweep(found: dict[str, Any]) -> list[str]:
     lines = [
         f"## Reading the file and replaying {', '.join(found['sweep'][0]['policies'])}",
         "",
-        "| capacity (blocks) | libCacheSim s | tuned | PiKV s | × | × tuned |",
+        "| capacity (blocks) | libCacheSim CPU s | tuned | PiKV CPU s | × | × tuned |",
         "|---" * 6 + "|",
     ]
     for row in found["sweep"]:

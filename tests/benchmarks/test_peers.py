@@ -80,7 +80,7 @@ def test_kvcache_simulator_page_counts_equal_capacities() -> None:
         for capacity, theirs in ((10, 4), (30, 5), (40, 5))
         for policy in ("lru", "fifo", "optimal")
     ]
-    both = {"kvcache-simulator": {"median_s": 0.5}, "pikv": {"median_s": 1.0}}
+    both = {"kvcache-simulator": {"median_cpu_s": 0.5, "median_s": 0.7}, "pikv": {"median_cpu_s": 1.0}}
     page = kvcache_simulator_table.table(
         origin("kvcache-simulator")
         | {"num_requests": 2, "num_accesses": 9, "num_blocks": 8, "longest_request_blocks": 20, "hits": hits}
@@ -88,4 +88,4 @@ def test_kvcache_simulator_page_counts_equal_capacities() -> None:
     )
     assert "| lru | 3 | 2 of 2 | 0 of 1 |" in page
     assert "| 10 | 4 | 5 | 4 | 5 | 4 | 5 |" in page
-    assert "| command line, warm | 0.500 | 1.000 | 0.5 |" in page
+    assert "| command line, warm | 0.500 (0.70) | 1.000 | 0.5 |" in page

@@ -77,7 +77,7 @@ def run(recipe: AttentionReplayRecipe, run: Run) -> Result:
         details=str(run.folder / "attention.npz"),
         plot=str(run.folder / "recall.png") if recipe.plot else None,
     )
-    run.finish(result, {"replay": "torch"})
+    run.finish(result, {"replay": "torch on cpu"})
     return result
 
 
@@ -93,8 +93,12 @@ def _replay_all(
     policies = [build(POLICIES, component) for component in recipe.policies]
     check_needs(trace, policies, build(ALLOCATIONS, recipe.allocation))
 
+    import torch
+
     from pikv_core.simulation.attention.replay import Replay
 
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
     caches = [
         CacheRecipe(policy=component, budget=budget, allocation=recipe.allocation)
         for component in recipe.policies

@@ -36,7 +36,7 @@ class WTinyLFU(RequestPolicy):
         protected = int(self.protected_share * (capacity_blocks - window))
         numbers = np.array([0, 0, 0, 0, window, protected, HALVINGS_PER_CAPACITY * capacity_blocks], np.int64)
         U = trace.num_blocks
-        return make_lists(U, 3), np.zeros(U, np.int8), np.zeros((U, 2), np.int64), numbers
+        return make_lists(U, 3), np.zeros(U, np.int32), np.zeros((U, 2), np.int64), numbers
 
     @staticmethod
     @register_jitable

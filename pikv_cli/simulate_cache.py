@@ -114,7 +114,8 @@ def simulate_cache(
 
 
 def _show(result: Any, folder: Path) -> None:
-    output.print_table(_title(result), FOUND, [_in_gib(row) for row in result.results])
+    if getattr(result, "num_accesses", 1):
+        output.print_table(_title(result), FOUND, [_in_gib(row) for row in result.results])
     curve = getattr(result, "curve", None)
     if curve is not None:
         columns = {name: values for name, values in vars(curve).items() if isinstance(values, list)}
@@ -156,8 +157,6 @@ def _show_serving(result: Any) -> None:
         return
     mark = "_without_cache"
     without = {name.replace(mark, ""): value for name, value in rows[0].items() if mark in name}
+    shown = [{"policy": "tiers", **row} for row in rows if row.get("policy") != "none"]
     title = f"{result.bill['kv_model']} on {result.bill['servers']} prefill server(s)"
-    output.print_table(
-        title, SERVED, [{"policy": "no cache", **without}, *({"policy": "tiers", **row} for row in rows)]
-    )
-    output.print_table(title, SERVED, [{"policy": "no cache", **without}, *({"policy": "tiers"} | row for row in rows)])
+    output.print_table(title, SERVED, [{"policy": "no cache", **without}, *shown])

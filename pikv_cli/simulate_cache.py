@@ -31,6 +31,7 @@ FOUND = [  # of block policies, of tiers, of token policies: a table leaves out 
     "oracle_recall",
     "top_token_hit_ratio",
     "resident_tokens",
+    "read_tokens",
     "pages_read",
 ]
 SERVED = [
@@ -138,7 +139,8 @@ def _in_gib(row: dict[str, Any]) -> dict[str, Any]:
 
 def _title(result: Any) -> str:
     if not hasattr(result, "semantics"):
-        return f"{result.trace}: {result.num_steps:,} steps after {result.num_prompt_tokens:,} tokens"
+        recorded = f"{result.recorded_mass:.4f} of the attention recorded, allocation {result.allocation}"
+        return f"{result.trace}: {result.num_steps:,} steps after {result.num_prompt_tokens:,} tokens, {recorded}"
     parts = [
         f"{result.semantics} hits",
         f"blocks of {result.block_tokens} tokens",

@@ -9,18 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pikv_core.components import Component, build
 from pikv_core.errors import PiKVError
 from pikv_core.runs import Run
 from pikv_core.schema import SimulateRecipe
 from pikv_core.simulation import lru_curve
 from pikv_core.simulation.ceiling import ceiling_hits
 from pikv_core.simulation.cost.billing import Bill
+from pikv_core.simulation.cost.priced import build_priced
 from pikv_core.simulation.lru_curve import LRUCurve
 from pikv_core.simulation.metrics import hit_row, hit_tokens
 from pikv_core.simulation.opened import Conventions, open_trace
-from pikv_core.simulation.policies import REQUEST_POLICIES
-from pikv_core.simulation.policies.base import RequestPolicy
 from pikv_core.simulation.products import Products, products
 from pikv_core.simulation.sweep import sweep
 from pikv_core.simulation.trace import Trace
@@ -42,7 +40,7 @@ class HitStudy(Conventions):
 def run(recipe: SimulateRecipe, run: Run) -> HitStudy:
     """Read the trace, replay every policy at every capacity, and write the run folder."""
     bill = Bill.of(recipe.serving)
-    policies = {component.label(): _priced(component, bill) for component in recipe.policies}
+    policies = {each.label(): build_priced(each, None if bill is None else bill.model) for each in recipe.policies}
     trace, conventions = open_trace(recipe, run.reporter)
     told = {**vars(conventions), "bill": None if bill is None else bill.told()}
     if not trace.ids.size:
@@ -83,15 +81,6 @@ def run(recipe: SimulateRecipe, run: Run) -> HitStudy:
 def capacity_grid(num_blocks: int) -> list[int]:
     """Return capacities from a 64th of the unique blocks to all of them, each twice the one before."""
     return sorted({max(1, -(-num_blocks // 2**halvings)) for halvings in range(7)})
-
-
-def _priced(component: Component, bill: Bill | None) -> RequestPolicy:
-    """Build a policy; one that goes by what blocks cost takes it from the model, unless it is told another."""
-    if bill is not None and "attention_tokens" in getattr(REQUEST_POLICIES[component.name], "__annotations__", ()):
-        told = {"attention_tokens": bill.model.attention_tokens, **component.options}
-        component = Component(component.name, told)
-    policy: RequestPolicy = build(REQUEST_POLICIES, component)
-    return policy
 
 
 def _capacities(recipe: SimulateRecipe, bill: Bill | None, trace: Trace) -> list[int]:

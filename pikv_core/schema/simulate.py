@@ -52,8 +52,16 @@ def _interleaving(text: str) -> str:
     return text
 
 
+def _tiers(file: str) -> str:
+    from pikv_core.simulation.cost.tiers import read_tiers
+
+    read_tiers(file)
+    return file
+
+
 OF_ONE_TIER = ("policies", "capacities", "curve", "sample", "diagnostics")
 Capacity = Annotated[int | str, BeforeValidator(_capacity)]
+TiersFile = Annotated[str, AfterValidator(_tiers)]
 Interleaving = Annotated[str, AfterValidator(_interleaving)]
 
 
@@ -93,7 +101,7 @@ class SimulateRecipe(Recipe):
     per_request: str | None = None  # a parquet or csv file
     export: str | None = None  # an oracleGeneral file to write the trace to
     serving: ServingSettings = ServingSettings()
-    tiers: str | None = None  # a YAML file
+    tiers: TiersFile | None = None  # a YAML file; see recipes/simulate/tiers/
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> type[Recipe]:

@@ -148,20 +148,29 @@ class Tier:
 
 def load_tiers(file: str | Path, model: KvModel, block_tokens: int) -> tuple[Tier, ...]:
     """Read a file of tiers; raise RecipeError with every problem found, PiKVError where no block fits."""
+    return tuple(_tier(settings, model, block_tokens) for settings in read_tiers(file).tiers)
+
+
+def read_tiers(file: str | Path) -> TierFile:
+    """Read what a file of tiers tells; raise RecipeError with every problem found."""
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = "not a UTF-8 text file" if isinstance(error, ValueError) else (error.strerror or str(error)).lower()
         raise UsageError(f"{file}: cannot read the tiers: {reason}", hint=HINT) from error
-    return make_tiers(parse_yaml(text, str(file)), model, block_tokens, str(file))
+    return _told(parse_yaml(text, str(file)), str(file))
 
 
 def make_tiers(tree: Any, model: KvModel, block_tokens: int, source: str = "tiers") -> tuple[Tier, ...]:
     """Return the tiers of what a YAML file holds: `tiers`, a list; see load_tiers."""
+    return tuple(_tier(settings, model, block_tokens) for settings in _told(tree, source).tiers)
+
+
+def _told(tree: Any, source: str) -> TierFile:
     if not isinstance(tree, dict):
         raise UsageError(f"{source}: expected the key tiers with a list of tiers", hint=HINT)
     told: TierFile = validate(TierFile, tree, source, hint=HINT)
-    return tuple(_tier(settings, model, block_tokens) for settings in told.tiers)
+    return told
 
 
 def _tier(settings: TierSettings, model: KvModel, block_tokens: int) -> Tier:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
-from pikv_core.simulation.linked_lists import NEWER, make_lists, push_newest, unlink
+from pikv_core.simulation.linked_lists import NEWER, make_lists, oldest, push_newest, unlink
 from pikv_core.simulation.policies import REQUEST_POLICIES
 from pikv_core.simulation.policies.base import RequestPolicy
 from pikv_core.simulation.trace import Trace
@@ -23,9 +23,9 @@ class Sieve(RequestPolicy):
     """
 
     def state(self, trace: Trace, capacity_blocks: int) -> tuple[Any, ...]:
-        """Return the queue, which blocks were hit [U] and the hand [1]: a block, or the queue's own entry to start."""
+        """Return the queue, hits by entry [U + 1] and the hand [1]: a block, or the queue's own entry to start."""
         U = trace.num_blocks
-        return make_lists(U), np.zeros(U, np.uint8), np.full(1, U, np.int64)
+        return make_lists(U), np.zeros(U + 1, np.uint8), np.full(1, U, np.uint32)
 
     @staticmethod
     @register_jitable
@@ -45,10 +45,10 @@ class Sieve(RequestPolicy):
     def evict(state: Any, incoming: int, access: int, request: int) -> int:
         links, was_hit, hand = state
         queue = links.shape[0] - 1
-        block = hand[0]
-        while block == queue or was_hit[block]:
-            if block != queue:
-                was_hit[block] = 0
+        block = oldest(links, queue) if hand[0] == queue else hand[0]
+        was_hit[queue] = 1  # so that the hand goes on over the queue's own entry, which it meets once at most
+        while was_hit[block]:
+            was_hit[block] = 0
             block = links[block, NEWER]
         hand[0] = links[block, NEWER]
         unlink(links, block)

@@ -14,6 +14,8 @@ from pikv_core.files import replacing
 from pikv_core.simulation.diagnostics import HitsOverTime, Reuse
 
 LINES = ("-", "--", "-.", ":")  # with matplotlib's ten colours: forty series that differ
+SHOWN_BELOW = 10  # how far below the least capacity asked for a curve is drawn, as a factor
+LEAST_SHARE = 0.02  # of requests: those served sooner do not stretch the axis of times
 
 
 @contextmanager
@@ -22,7 +24,7 @@ def picture(path: Path, panels: int = 1) -> Iterator[list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 1 + 4 * panels), layout="constrained")
+    figure = Figure(figsize=(9, 1 + 3.5 * panels), layout="constrained")
     FigureCanvasAgg(figure)
     axes = list(np.atleast_1d(figure.subplots(panels)))
     yield axes
@@ -37,7 +39,8 @@ def draw_hit_ratios(
 ) -> None:
     """Draw block hit ratio over capacity (blocks, log scale), a line for each policy, with the ceiling.
 
-    curve: lru's at every capacity, where it was made: `capacity_blocks` and `block_hit_ratio`.
+    curve: lru's at every capacity, where it was made: `capacity_blocks` and `block_hit_ratio`. The legend names the
+    lines from the top of the picture to its bottom.
     """
     with picture(path) as (axes,):
         if curve and curve["capacity_blocks"].size > 1:
@@ -48,13 +51,15 @@ def draw_hit_ratios(
                 color="0.6",
                 label="lru, every capacity",
             )
-        for number, policy in enumerate(dict.fromkeys(row["policy"] for row in rows)):
-            points = sorted((row["capacity_blocks"], row["block_hit_ratio"]) for row in rows if row["policy"] == policy)
-            axes.plot(*zip(*points), marker="o", markersize=4, label=policy, **_style(number))
         axes.axhline(ceiling, color="black", linewidth=1, linestyle=":", label="ceiling (infinite cache)")
+        points = _points(rows)
+        numbers = {policy: number for number, policy in enumerate(points)}
+        for policy in sorted(points, key=lambda policy: -np.mean(points[policy][1])):
+            axes.plot(*points[policy], marker="o", markersize=4, label=policy, **_style(numbers[policy]))
         axes.set(xscale="log", xlabel="capacity (blocks)", ylabel="block hit ratio")
+        axes.set_xlim(left=min(row["capacity_blocks"] for row in rows) / SHOWN_BELOW)
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize="small", ncols=2)
+        _legend(axes)
 
 
 def draw_reuse(reuse: Reuse, path: Path) -> None:
@@ -68,6 +73,7 @@ def draw_reuse(reuse: Reuse, path: Path) -> None:
                 panel.stairs(histogram.counts, np.array(histogram.edges) / unit, fill=True, alpha=0.6)
                 panel.set_xscale("log")
             panel.set(xlabel=label, ylabel="accesses")
+            panel.yaxis.set_major_formatter("{x:,.0f}")
 
 
 def draw_over_time(replays: Mapping[str, HitsOverTime], title: str, path: Path) -> None:
@@ -78,19 +84,22 @@ def draw_over_time(replays: Mapping[str, HitsOverTime], title: str, path: Path) 
             axes.plot(found.begins_s, ratios, label=label, **_style(number))
         axes.set(title=title, xlabel="time of the trace (s)", ylabel="block hit ratio")
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize="small", ncols=2)
+        _legend(axes)
 
 
 def draw_ttft(times_s: Mapping[str, NDArray[np.float64]], slo_s: float | None, title: str, path: Path) -> None:
     """Draw the share of requests whose first token came within a time, by label."""
+    shares = np.linspace(0, 1, 501)
     with picture(path) as (axes,):
         for number, (label, times) in enumerate(times_s.items()):
-            points = np.quantile(times, np.linspace(0, 1, 501))
-            axes.plot(np.maximum(points, 1e-6), np.linspace(0, 1, 501), label=label, **_style(number))
+            axes.plot(np.quantile(times, shares), shares, label=label, **_style(number))
         if slo_s is not None:
             axes.axvline(slo_s, color="black", linewidth=1, linestyle=":", label="slo")
         axes.set(title=title, xscale="log", xlabel="time to first token (s)", ylabel="share of requests")
-        axes.legend(fontsize="small", ncols=2)
+        least_s = min(float(np.quantile(times, LEAST_SHARE)) for times in times_s.values())
+        if least_s > 0:
+            axes.set_xlim(left=least_s / 2)
+        _legend(axes)
 
 
 def draw_tiers(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -99,12 +108,29 @@ def draw_tiers(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     with picture(path, panels=2) as (hits, traffic):
         hits.bar(names, [row["block_hits"] for row in rows])
         hits.set(ylabel="blocks served")
+        hits.yaxis.set_major_formatter("{x:,.0f}")
         places = np.arange(len(names))
         for shift, kind in ((-0.2, "read"), (0.2, "written")):
             traffic.bar(places + shift, [row[f"bytes_{kind}"] / 1e9 for row in rows], width=0.4, label=kind)
         traffic.set_xticks(places, names)
         traffic.set(ylabel="traffic (GB)")
+        traffic.yaxis.set_major_formatter("{x:,.0f}")
         traffic.legend()
+
+
+def _points(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    """Return capacities (blocks) and hit ratios by policy, in the order in which policies come."""
+    points: dict[str, tuple[list[int], list[float]]] = {}
+    for row in sorted(rows, key=lambda row: row["capacity_blocks"]):
+        capacities, ratios = points.setdefault(row["policy"], ([], []))
+        capacities.append(row["capacity_blocks"])
+        ratios.append(row["block_hit_ratio"])
+    return {row["policy"]: points[row["policy"]] for row in rows}
+
+
+def _legend(axes: Any) -> None:
+    """Put the legend beside the panel, where it hides no line."""
+    axes.legend(fontsize="small", handlelength=3, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
 
 
 def _style(number: int) -> dict[str, Any]:

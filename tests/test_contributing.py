@@ -1,7 +1,9 @@
 """The examples of CONTRIBUTING.md run as they stand, each as the file that its heading names."""
 
+import itertools
 import json
 import os
+import random
 import re
 import shlex
 import subprocess
@@ -17,30 +19,39 @@ from small_models import CONFIGS
 from pikv_core.cache import PiKVCache
 from pikv_core.compression import CODECS
 from pikv_core.data.recall import Recall
+from pikv_core.errors import PiKVError
 from pikv_core.moe import create_moe
 from pikv_core.moe.routers import ROUTERS
 from pikv_core.registry import load_installed_plugins, load_plugin
 from pikv_core.runs import Reporter
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.allocation import ALLOCATIONS
+from pikv_core.simulation import load as loading
+from pikv_core.simulation.kept_columns import place
+from pikv_core.simulation.load import load
+from pikv_core.simulation.policies import REQUEST_POLICIES
+from pikv_core.simulation.readers import READERS
+from pikv_core.simulation.replay import replay
+from pikv_core.simulation.trace import make_trace
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 MINE = ("peak.py", "token8.py", "first_layer.py")
+SIMULATED = ("hit_first.py", "tabbed.py")
 
 
 @pytest.fixture
 def files(tmp_path):
     """Write each example into its file; what they register is forgotten afterwards."""
     examples = re.findall(r"^## [^\n]*`(?:\S+/)?(\w+\.py)`\n```python\n(.*?)```", TEXT, re.DOTALL | re.MULTILINE)
-    assert len(examples) == TEXT.count("```python") == len(MINE) + 1
+    assert len(examples) == TEXT.count("```python") == len(MINE) + len(SIMULATED) + 1
     for name, code in examples:
         (tmp_path / name).write_text(code, encoding="utf-8")
-    registries = (POLICIES, CODECS, ALLOCATIONS, ROUTERS)
-    before = [dict(registry._classes) for registry in registries]
+    registries = (POLICIES, CODECS, ALLOCATIONS, ROUTERS, REQUEST_POLICIES, READERS)
     yield tmp_path
-    for registry, classes in zip(registries, before):
-        registry._classes = classes
+    for registry in registries:  # members of the tree stay: their files run once
+        tree = {name: made for name, made in registry._classes.items() if made.__module__.startswith("pikv_core.")}
+        registry._classes = tree
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +134,65 @@ def test_the_router_jitters_while_training_alone(files):
     assert torch.equal(moe(x)[0], moe(x)[0])
 
 
+@pytest.mark.parametrize("enough", [1, 2])
+def test_the_block_policy_keeps_what_was_hit(files, enough):
+    load_plugin(files / "hit_first.py")
+    policy = REQUEST_POLICIES["hit-first"](enough=enough)
+    random_ = random.Random(0)
+    for capacity in (1, 2, 5, 9):
+        blocks = [int(random_.paretovariate(0.6)) % 23 for _ in range(400)]
+        hits, cached, num_hits = [], [], {}  # cached: by last use, the oldest first
+        for block in blocks:
+            hits.append(int(block in cached))
+            if block in cached:
+                num_hits[block] += 1
+                cached.remove(block)
+            else:
+                if len(cached) == capacity:
+                    cached.remove(min(cached, key=lambda held: num_hits[held] >= enough))
+                num_hits[block] = 0
+            cached.append(block)
+        trace = make_trace([[block] for block in blocks])
+        assert replay(trace, policy, capacity, "object", backend="python").hits.tolist() == hits
+
+
+def test_the_reader_reads_and_names_damaged_lines(files, monkeypatch):
+    load_plugin(files / "tabbed.py")
+    monkeypatch.setattr(loading, "KEEP_FROM_S", 0)
+    monkeypatch.setattr(loading, "KEEP_FROM_BYTES", 0)
+    log = files / "my.tsv"
+    lines = ["seconds\ttokens\thash_ids", "2.5\t40\t7 8 9", "1\t20\t7 5", "3\t-1\t7", "nan\t1\t7", "3\t1\t7 x", "3\t1"]
+    log.write_text("\n".join(lines))
+    read = load(str(log), skip_bad_lines=True)
+    assert (read.format, read.skipped_lines, read.trace.block_tokens) == ("tabbed", 4, 16)
+    assert read.trace.timestamps_ms.tolist() == [0, 1500]
+    assert read.trace.input_tokens.tolist() == [20, 40]
+    first, second = (read.trace.ids[begin:end].tolist() for begin, end in itertools.pairwise(read.trace.starts))
+    assert (len(first), len(second), len({*first, *second})) == (2, 3, 4) and first[0] == second[0]
+    with pytest.raises(PiKVError, match=r"my.tsv:4: tokens"):
+        load(str(log))
+    log.write_text("\n".join(lines[:3]))
+    assert load(str(log)).trace.num_requests == 2
+    assert not place(log).exists()  # kept columns know the text of the tree's readers alone
+
+
+def test_a_replay_takes_the_plugins_as_shown(files):
+    prompts = [[*range(3 * (n % 4), 3 * (n % 4) + 3), 100 + n] for n in range(40)]
+    rows = ["\t".join([str(n), "64", " ".join(map(str, prompt))]) for n, prompt in enumerate(prompts)]
+    (files / "my.tsv").write_text("\n".join(["seconds\ttokens\thash_ids", *rows]))
+    block = shown("--plugin tabbed.py")
+    for name in (*SIMULATED, "my.tsv"):
+        block = block.replace(name, str(files / name))
+    done = command(block, "--out", files / "run", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    ratios = {(row["policy"], row["capacity_blocks"]): row["block_hit_ratio"] for row in told["results"]}
+    assert told["format"] == "tabbed" and len(ratios) == 6
+    assert ratios["lru", 10] == 0  # a prompt comes again after 13 other blocks or more
+    assert ratios["lru", 100] == ratios["hit-first", 100] == told["ceiling_hit_ratio"] == 108 / 160
+    assert ratios["hit-first", 10] <= ratios["belady", 10] and ratios["belady", 10] > 0
+
+
 def test_a_sweep_takes_the_plugins_as_shown(files, model_folder):
     block = shown("pikv compress").replace("DIR", str(model_folder))
     for name in MINE[:2]:
@@ -164,6 +234,6 @@ def test_the_contract_tests_take_the_examples_as_shown(files):
 
 def test_every_contract_that_is_named_exists_and_runs_over_names():
     named = re.findall(r"^\| `(tests/\S+\.py)` \|", TEXT, re.MULTILINE)
-    assert len(named) == 5
+    assert len(named) == 6
     for file in named:
         assert ".names()" in (ROOT / file).read_text(encoding="utf-8")

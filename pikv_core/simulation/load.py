@@ -102,8 +102,12 @@ def _version(source: Source) -> tuple[int, int] | None:
 def _worth_keeping(
     reader: Reader, took_s: float, before: tuple[int, int] | None, after: tuple[int, int] | None
 ) -> bool:
-    """Tell whether to keep columns: of a file that nobody wrote to meanwhile and that took long to parse."""
-    if reader.has_sessions or not reader.is_slow or before is None or before != after:
+    """Tell whether to keep columns: of a file that nobody wrote to meanwhile and that took long to parse.
+
+    What a plug-in read is not kept: whether columns are its own is told by the text of the readers beside this file.
+    """
+    is_ours = type(reader).__module__.startswith(f"{READERS.package}.")
+    if not is_ours or reader.has_sessions or not reader.is_slow or before is None or before != after:
         return False
     return took_s >= KEEP_FROM_S and before[1] >= KEEP_FROM_BYTES
 

@@ -107,6 +107,9 @@ def load(path: str | Path) -> AttentionTrace:
     """Read a trace; raise PiKVError where the file is none, is of another version or damaged."""
     from safetensors import SafetensorError, safe_open
 
+    if str(path) == "-" or Path(path).is_dir():
+        kind = "stdin" if str(path) == "-" else "a folder"
+        raise PiKVError(f"{path}: recorded attention is read from a file, and this is {kind}", hint=HINT)
     try:
         with safe_open(path, framework="numpy") as file:
             header = _header(path, file.metadata() or {})
@@ -141,6 +144,13 @@ def _check(trace: AttentionTrace) -> None:
     h, tensors = trace.header, trace.tensors
     if not (0 <= h.first_query < h.num_prompt_tokens <= h.num_tokens and len(h.windows) == h.num_layers >= 1):
         raise ValueError("its numbers of tokens or layers contradict each other")
+    if h.head_dim < 1:
+        raise ValueError(f"a head of {h.head_dim} channels is none")
+    if not 0 < h.top_p <= 1:
+        raise ValueError(f"top_p {h.top_p} is no share of a row")
+    windows = {window for window in h.windows if window is not None}
+    if len(windows) > 1 or min(windows, default=1) < 1:
+        raise ValueError(f"its windows of {sorted(windows)} tokens are not of one model")
     if h.num_heads < 1 or h.num_kv_heads < 1 or h.num_heads % h.num_kv_heads:
         raise ValueError(f"{h.num_heads} query heads are no groups for {h.num_kv_heads} key/value heads")
     expected = {
@@ -150,6 +160,8 @@ def _check(trace: AttentionTrace) -> None:
     }
     for layer in range(h.num_layers):
         starts, indices, values = (tensors[f"layers.{layer}.{name}"] for name in ("row_starts", "indices", "values"))
+        if (starts.dtype.kind, indices.dtype.kind, values.dtype.kind) not in (("i", "i", "f"), ("i", "u", "f")):
+            raise ValueError(f"the rows of layer {layer} are {starts.dtype}, {indices.dtype} and {values.dtype}")
         sizes = np.diff(starts)
         fits = starts.shape == (h.num_queries * h.num_heads + 1,) and indices.shape == values.shape
         if not fits or starts[0] != 0 or starts[-1] != len(indices) or (sizes < 0).any():
@@ -161,7 +173,9 @@ def _check(trace: AttentionTrace) -> None:
             raise ValueError(f"layer {layer} has attention that is negative or not finite")
         for name, shape in expected.items():
             key = f"layers.{layer}.{name}"
-            if key in tensors and tensors[key].shape != shape:
-                raise ValueError(f"{key} is {tensors[key].shape}, not {shape}")
+            if key in tensors and (tensors[key].shape != shape or tensors[key].dtype.kind != "f"):
+                raise ValueError(f"{key} is {tensors[key].dtype} {tensors[key].shape}, not {shape} of floats")
+            if key in tensors and not np.isfinite(tensors[key]).all():
+                raise ValueError(f"{key} is not finite")
             if (key in tensors) != (f"layers.0.{name}" in tensors) and name != "sinks":
                 raise ValueError(f"only some layers have {name}")

@@ -57,6 +57,7 @@ class AttentionWriter:
 
     def write(self, path: str | Path, header: Header) -> None:
         """Write the trace, whole or not at all."""
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         tensors: dict[str, NDArray[Any]] = {}
@@ -72,7 +73,13 @@ class AttentionWriter:
                 tensors[name] = np.ascontiguousarray(whole)
         told = json.dumps({"version": VERSION, **dataclasses.asdict(header)})
         with replacing(path) as temporary:
-            save_file(tensors, temporary, {FORMAT: told})  # one key: several would come in any order
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as of any file; safetensors would let its owner alone read it
+            try:
+                save_file(tensors, temporary, {FORMAT: told})  # one key: several would come in any order
+            except SafetensorError as error:
+                raise PiKVError(f"{path}: cannot be written: {error}") from error
+            temporary.chmod(mode)
 
     def _least(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return, for each row, the smallest of the largest entries that hold `top_p` of it. [N,H,1]"""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from pikv_core.errors import PiKVError
@@ -93,6 +94,10 @@ def set_entry(tensors, name, index, value):
     tensors[name][index] = value
 
 
+def retype(tensors, name, dtype):
+    tensors[name] = tensors[name].astype(dtype)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -102,7 +107,17 @@ def set_entry(tensors, name, index, value):
         (lambda tensors, told: told.update({"pikv-attention": []}), "damaged"),
         (lambda tensors, told: told["pikv-attention"].pop("model"), "damaged"),
         (lambda tensors, told: told["pikv-attention"].update(num_layers="many"), "damaged"),
+        (lambda tensors, told: told["pikv-attention"].update(top_p=1.5), "top_p 1.5 is no share"),
+        (lambda tensors, told: told["pikv-attention"].update(top_p=float("nan")), "top_p nan is no share"),
+        (lambda tensors, told: told["pikv-attention"].update(windows=[0, None]), "windows of"),
+        (lambda tensors, told: told["pikv-attention"].update(windows=[4, 5]), "windows of"),
+        (lambda tensors, told: told["pikv-attention"].update(head_dim=0), "a head of 0 channels"),
         (lambda tensors, told: tensors.pop("layers.1.values"), "damaged"),
+        (lambda tensors, told: retype(tensors, "layers.1.indices", np.float32), "are int64, float32 and"),
+        (lambda tensors, told: retype(tensors, "layers.1.values", np.int8), "uint16 and int8"),
+        (lambda tensors, told: retype(tensors, "layers.1.row_starts", np.float64), "are float64"),
+        (lambda tensors, told: retype(tensors, "layers.0.keys", np.int8), "layers.0.keys is int8"),
+        (lambda tensors, told: set_entry(tensors, "layers.1.keys", 0, np.inf), "layers.1.keys is not finite"),
         (lambda tensors, told: tensors.update({"layers.1.values": np.ones(3, np.float32)}), "do not fit its entries"),
         (lambda tensors, told: set_entry(tensors, "layers.0.indices", 0, TOKENS), "tokens after it"),
         (lambda tensors, told: set_entry(tensors, "layers.0.values", 0, np.nan), "not finite"),
@@ -130,6 +145,30 @@ def test_what_is_no_trace_is_refused(content, tmp_path):
     with pytest.raises(PiKVError) as caught:
         load(path)
     assert str(path) in caught.value.message
+
+
+@pytest.mark.parametrize(("name", "kind"), [("-", "stdin"), (".", "a folder")])
+def test_stdin_and_folders_are_refused(name, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PiKVError, match=f"read from a file, and this is {kind}"):
+        load(name)
+
+
+def test_the_file_may_be_read_by_whom_other_files_may_be(tmp_path):
+    write(tmp_path / "a.safetensors", causal(np.random.default_rng(1)))
+    (tmp_path / "other").write_text("")
+    modes = [path.stat().st_mode for path in (tmp_path / "a.safetensors", tmp_path / "other")]
+    assert modes[0] == modes[1]
+
+
+def test_what_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch):
+    def fail(*_):
+        raise SafetensorError("no space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", fail)
+    with pytest.raises(PiKVError, match="cannot be written: no space left"):
+        write(tmp_path / "a.safetensors", causal(np.random.default_rng(1)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cut_file_is_refused(tmp_path):

@@ -52,15 +52,17 @@ class Recorder(Observer):
             raise UsageError(f"a record is of one sequence, and {len(keys)} were fed", hint="feed one at a time")
         self.num_tokens += keys.shape[2] if layer == 0 else 0
         if self._vectors:
-            self._writer.add_vectors(layer, "keys", keys[0].float().cpu().numpy())
-            self._writer.add_vectors(layer, "queries", query[0].float().cpu().numpy())
+            self._writer.add_vectors(layer, "keys", keys[0].detach().float().cpu().numpy())
+            self._writer.add_vectors(layer, "queries", query[0].detach().float().cpu().numpy())
 
     def observe(self, columns: Mapping[str, torch.Tensor], rows: Rows) -> None:
-        """Take rows, in the order of positions whatever the order of the slots."""
+        """Take rows, in the order of positions whatever the order of the slots; raises UsageError for padding."""
+        if rows.query_position.min() < 0:
+            raise UsageError("a record is of one sequence without padding", hint="feed its tokens alone")
         by_query_head = rows.probs[0].flatten(0, 1)  # [H,N,S]
         length = int(rows.query_position.max()) + 1
         slot_of = rows.position[0].repeat_interleave(rows.probs.shape[2], dim=0)[:, None].expand_as(by_query_head)
         by_position = by_query_head.new_zeros(*by_query_head.shape[:2], length + 1)  # the last: what sees nothing
         place = torch.where((slot_of < 0) | (slot_of >= length), length, slot_of).long()
         by_position.scatter_add_(2, place, by_query_head)
-        self._writer.add_rows(rows.layer.index, by_position[:, :, :length].cpu().numpy())
+        self._writer.add_rows(rows.layer.index, by_position[:, :, :length].detach().cpu().numpy())

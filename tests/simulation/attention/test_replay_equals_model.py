@@ -6,7 +6,9 @@ from simulation.attention.recorded import NUM_PROMPT, NUM_STEPS, held, record, r
 
 from pikv_core.cache import PiKVCache
 from pikv_core.cache.lane import Lane
+from pikv_core.cache.recording import Recorder
 from pikv_core.components import Component, build
+from pikv_core.errors import UsageError
 from pikv_core.model.steps import feed, step
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.base import Selector
@@ -14,6 +16,7 @@ from pikv_core.schema import CacheRecipe
 from pikv_core.simulation.attention.needs import missing
 from pikv_core.simulation.attention.replay import Replay
 from pikv_core.simulation.attention.trace import load
+from pikv_core.simulation.attention.writer import AttentionWriter
 
 REFUSED = {"duo-attention", "expected-attention", "kvzip"}
 OPTIONS = {"snapkv": {"window": 8}, "quest": {"page_tokens": 8, "dense_layers": 0}}
@@ -96,6 +99,25 @@ def test_quest_reads_the_pages_that_the_model_reads(budget, small_model, traces,
     assert len(real) == NUM_STEPS
     assert [sorted(at for at in read[0].tolist() if at >= 0) for read in found] == real
     assert any(len(x) < NUM_PROMPT for x in real)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"), [([[1, 1, 1], [1, 1, 1]], "2 were fed"), ([[0, 1, 1]], "without padding")]
+)
+def test_batches_and_padding_are_not_recorded(mask, message, small_model):
+    model = small_model("llama")
+    cache, mask = PiKVCache.for_model(model, CacheRecipe()), torch.tensor(mask)
+    cache.record(Recorder(AttentionWriter()))
+    with pytest.raises(UsageError, match=message):
+        model(input_ids=torch.ones_like(mask), attention_mask=mask, past_key_values=cache)
+
+
+def test_a_model_that_could_learn_is_recorded_too(small_model):
+    model, writer = small_model("llama"), AttentionWriter()
+    cache = PiKVCache.for_model(model, CacheRecipe())
+    cache.record(Recorder(writer))
+    with torch.enable_grad():
+        assert model(input_ids=torch.ones(1, 3, dtype=torch.long), past_key_values=cache).logits.requires_grad
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt_oss"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pikv_core.data.prompt_files import read_prompts
+from pikv_core.errors import PiKVError, UsageError
 from pikv_core.files import make_folder
 from pikv_core.runs import Run, find_model
 from pikv_core.schema import GenerateRecipe
@@ -48,7 +49,7 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
     prompts = read_prompts(recipe)
     find_model(recipe.model)
     if recipe.record_attention is not None:
-        make_folder(Path(recipe.record_attention).parent)  # or say so before the work
+        _refuse_folder(recipe.record_attention)
 
     from pikv_core.jobs.record_attention import Recording
     from pikv_core.model.generation import as_chat, generate_batch
@@ -57,6 +58,8 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
     loaded = load_model(recipe.model, recipe)
     if recipe.chat:
         prompts = [as_chat(loaded.tokenizer, prompt) for prompt in prompts]
+    if recipe.record_attention is not None:
+        _make_folder_of(recipe.record_attention, run)
     single = recipe.prompts is None
     completions: list[Completion] = []
     costs: list[BatchCost] = []
@@ -106,6 +109,22 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
     _log_switches(events, run)
     run.finish(result, {"attention": loaded.backend})
     return result
+
+
+def _refuse_folder(path: str) -> None:
+    if Path(path).is_dir():
+        raise UsageError(
+            f"the attention is written to a file, and '{path}' is a folder", hint="give --record-attention a file"
+        )
+
+
+def _make_folder_of(path: str, run: Run) -> None:
+    """Make the folder that a file will be written into, or say before the work that it cannot be."""
+    make_folder(run.folder)  # first, as it has to be empty: the file may lie in it
+    try:
+        make_folder(Path(path).parent)
+    except PiKVError as error:
+        raise PiKVError(error.message, hint="choose another place with --record-attention") from error
 
 
 def _log_switches(events: list[dict[str, Any]], run: Run) -> None:

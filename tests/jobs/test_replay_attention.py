@@ -147,6 +147,21 @@ def test_a_record_is_of_one_whole_sequence(flags, message, model, tmp_path):
         record(model, tmp_path, record_attention=str(tmp_path / "t.safetensors"), **flags)
 
 
+def test_the_file_may_lie_in_the_run_folder_and_is_no_folder(model, tmp_path):
+    inside = tmp_path / "run" / "sub" / "trace.safetensors"
+    record(model, tmp_path, record_attention=str(inside))
+    assert load(inside).header.num_steps == 5 and (tmp_path / "run" / "result.json").exists()
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "notes").write_text("mine")
+    with pytest.raises(UsageError, match="is a folder"):
+        record(model, tmp_path, out=str(tmp_path / "other"), record_attention=str(kept))
+    with pytest.raises(PiKVError, match="cannot create the folder") as caught:
+        record(model, tmp_path, out=str(tmp_path / "other"), record_attention=str(kept / "notes" / "x"))
+    assert "--record-attention" in caught.value.hint
+    assert (kept / "notes").read_text() == "mine"
+
+
 def test_the_command_takes_the_file(model, tmp_path):
     path = tmp_path / "trace.safetensors"
     words = ["generate", PROMPT, "--model", model, "--max-new-tokens", "3", "--out", str(tmp_path / "run")]

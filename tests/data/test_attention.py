@@ -11,7 +11,7 @@ from pikv_core.schema import CacheRecipe
 from pikv_core.simulation.attention.replay import Replay
 from pikv_core.simulation.attention.trace import load
 
-NONE = {"sink_strength": 0.0, "local_strength": 0.0, "heavy_strength": 0.0, "noise": 0.5}
+NONE = {"sink_strength": 0.0, "local_strength": 0.0, "heavy_strength": 0.0, "drift": 0.0, "noise": 0.5}
 SMALL = {"num_layers": 1, "num_heads": 4, "prompt_tokens": 96, "num_heavy": 8, "local_tokens": 4}
 
 
@@ -40,7 +40,7 @@ def test_rows_are_causal_and_sum_to_one(tmp_path):
 
 
 def test_the_seed_decides_and_a_shorter_trace_is_the_beginning_of_a_longer_one(tmp_path):
-    first, longer, other = write(tmp_path / "a"), write(tmp_path / "b", 70, drift=0.0), write(tmp_path / "c", seed=1)
+    first, longer, other = write(tmp_path / "a"), write(tmp_path / "b", 70), write(tmp_path / "c", seed=1)
     assert np.array_equal(first.rows(0, 0, 144), longer.rows(0, 0, 144))
     assert not np.array_equal(first.rows(0, 0, 144), other.rows(0, 0, 144))
 
@@ -59,11 +59,18 @@ def test_each_strength_favours_the_policy_that_goes_by_it(tmp_path):
 
 def test_drift_takes_the_advantage_from_who_counts_the_past(tmp_path):
     options = {**NONE, "heavy_strength": 4.0, "noise": 0.2}
-    still, drifting = write(tmp_path / "still", **options), write(tmp_path / "drift", **options, drift=0.05)
+    still, drifting = write(tmp_path / "still", **options), write(tmp_path / "drift", **{**options, "drift": 0.05})
     h2o, at_random = recalls(still, "h2o", "random")
     assert h2o > 5 * at_random
     h2o, at_random, tova = recalls(drifting, "h2o", "random", "tova")
     assert h2o < at_random < tova
+
+
+def test_as_it_comes_all_of_it_counts_and_no_policy_has_it_easy(tmp_path):
+    trace = write(tmp_path, num_layers=2, num_heavy=24, prompt_tokens=256)
+    h2o, streaming, window, at_random = recalls(trace, "h2o", "streaming-llm", "window", "random", budget=64)
+    assert 0.9 > h2o > streaming > 1.3 * window
+    assert h2o > 1.5 * at_random
 
 
 def test_a_sparse_trace_tells_nearly_what_the_whole_one_does(tmp_path):

@@ -31,10 +31,9 @@ from pikv_core.schema.base import (
 
 
 def _capacity(value: Any) -> Any:
-    if isinstance(value, str) and parse_bytes(value):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        text = "expected a whole number of blocks of at least 1, or bytes such as '64GiB'"
+    number = parse_bytes(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < CAPACITY_LIMIT:
+        text = "expected a whole number of blocks from 1 to below 2^62, or bytes such as '64GiB'"
         raise PydanticCustomError("capacity", "{text}", {"text": text})
     return value
 
@@ -59,6 +58,7 @@ def _tiers(file: str) -> str:
     return file
 
 
+CAPACITY_LIMIT = 2**62
 OF_ONE_TIER = ("policies", "capacities", "curve", "sample", "diagnostics")
 Capacity = Annotated[int | str, BeforeValidator(_capacity)]
 TiersFile = Annotated[str, AfterValidator(_tiers)]
@@ -72,7 +72,9 @@ class ServingSettings(Section):
     kv_dtype: Literal["bfloat16", "float8"] = "bfloat16"  # of the cached keys and values
     hardware: str | dict[str, float] | None = None  # a name of the built-in list, or numbers by name
     servers: Positive = 1  # prefill servers, first come first served
-    slo_s: Annotated[float, Field(gt=0)] | None = None  # time to first token that counts as served well
+    slo_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = (
+        None  # time to first token that counts as served well
+    )
     overlap: Annotated[float, Field(ge=0, le=1)] = 0.0  # of loading with computing, layer by layer
 
 
@@ -119,14 +121,31 @@ class SimulateRecipe(Recipe):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> SimulateRecipe:
+        serving = self.serving
         asked = [
             (self.sample is not None and not self.curve, "sample is of the curve: give curve too"),
             (
-                self.serving.kv_model is None and any(isinstance(capacity, str) for capacity in self.capacities),
+                self.sample is not None and self.semantics == "prefix",
+                "a sample of the blocks has no prefixes: leave sample out, the exact curve takes one pass",
+            ),
+            (
+                self.sample is not None and self.warm_up > 0,
+                "an estimated curve counts every request: leave warm_up or sample out",
+            ),
+            (
+                self.semantics == "object" and self.touch == "reverse",
+                "object hits are touched forward: leave touch out",
+            ),
+            (
+                serving.kv_model is None and serving.kv_dtype != "bfloat16",
+                "serving.kv_dtype needs serving.kv_model, whose blocks it is of",
+            ),
+            (
+                serving.kv_model is None and any(isinstance(capacity, str) for capacity in self.capacities),
                 "capacities in bytes need serving.kv_model, for the bytes of a block",
             ),
             (
-                self.serving.hardware is not None and self.serving.kv_model is None,
+                serving.hardware is not None and serving.kv_model is None,
                 "serving.hardware needs serving.kv_model, for the work of a prompt",
             ),
             (
@@ -134,17 +153,33 @@ class SimulateRecipe(Recipe):
                 f"tiers have policies and capacities of their own: leave {', '.join(OF_ONE_TIER)} out",
             ),
             (
-                self.tiers is not None and self.serving.hardware is None,
+                serving.hardware is not None and self.semantics == "object",
+                "times follow from prefix hits, which a prompt can use: leave serving.hardware or semantics out",
+            ),
+            (
+                self.tiers is not None and self.semantics == "object",
+                "tiers serve prefixes: leave semantics out",
+            ),
+            (
+                self.tiers is None and serving.overlap > 0,
+                "serving.overlap is of loading from tiers: give tiers too",
+            ),
+            (
+                self.tiers is not None and serving.hardware is None,
                 "tiers need serving.kv_model and serving.hardware, for what a block weighs and costs",
             ),
             (
-                self.serving.slo_s is not None and self.serving.hardware is None,
+                serving.slo_s is not None and serving.hardware is None,
                 "serving.slo_s needs serving.hardware: without it no time is known",
             ),
+            (
+                serving.servers > 1 and serving.hardware is None,
+                "serving.servers needs serving.hardware: without it no time is known",
+            ),
         ]
-        for is_wrong, text in asked:
-            if is_wrong:
-                raise PydanticCustomError("sizes", "{text}", {"text": text})
+        problems = [text for is_wrong, text in asked if is_wrong]
+        if problems:
+            raise PydanticCustomError("sizes", "{text}", {"text": "; ".join(problems)})
         return self
 
 

@@ -89,7 +89,11 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def listed(text: str | None) -> list[Any]:
-    """Return the values of a comma-separated flag, numbers as numbers."""
+    """Return the values of a comma-separated flag, numbers as numbers; raise UsageError where it names none."""
+    from pikv_core.errors import UsageError
     from pikv_core.strict_yaml import parse_yaml
 
-    return [parse_yaml(part.strip(), "the list") for part in text.split(",") if part.strip()] if text else []
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if text is not None and not parts:
+        raise UsageError(f"expected a list with commas, got '{text}'", hint="leave the flag out for what is usual")
+    return [parse_yaml(part, "the list") for part in parts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,7 +41,8 @@ class HitStudy(Conventions):
 def run(recipe: SimulateRecipe, run: Run) -> HitStudy:
     """Read the trace, replay every policy at every capacity, and write the run folder."""
     bill = Bill.of(recipe.serving)
-    policies = {each.label(): build_priced(each, None if bill is None else bill.model) for each in recipe.policies}
+    model = None if bill is None else bill.model
+    policies = {each.label(): build_priced(each, model, recipe.seed) for each in recipe.policies}
     trace, conventions = open_trace(recipe, run.reporter)
     told = {**vars(conventions), "bill": None if bill is None else bill.told()}
     if not trace.ids.size:
@@ -54,15 +56,18 @@ def run(recipe: SimulateRecipe, run: Run) -> HitStudy:
     ratio = ceiling / max(1, int(trace.blocks_per_request[warm_up:].sum()))
     pairs = [(label, capacity) for label in policies for capacity in capacities]
     rows = []
-    with products(recipe, trace, bill, warm_up, capacities[len(capacities) // 2], run) as kept:
-        replays = sweep(
-            trace,
-            [(policies[label], capacity) for label, capacity in pairs],
-            conventions.semantics,
-            recipe.touch,
-            recipe.threads or os.cpu_count() or 1,
-            _progress(pairs, run),
-        )
+    replays = sweep(
+        trace,
+        [(policies[label], capacity) for label, capacity in pairs],
+        conventions.semantics,
+        recipe.touch,
+        recipe.threads or os.cpu_count() or 1,
+        _progress(pairs, run),
+    )
+    with (
+        products(recipe, trace, bill, warm_up, capacities[len(capacities) // 2], run) as kept,
+        closing(replays),
+    ):
         for (label, capacity), found in zip(pairs, replays):
             row = {**asdict(hit_row(trace, found, warm_up)), "policy": label}
             rows.append(row | _costs(bill, trace, capacity, hit_tokens(trace, found.hits), warm_up))
@@ -131,9 +136,7 @@ def _curve(
     if recipe.sample is None:
         curve, arrays = lru_curve.exact(trace, capacities, told.semantics, told.touch, told.warm_up_requests)
     else:
-        curve, arrays = lru_curve.estimated(
-            trace, capacities, told.semantics, recipe.sample, recipe.seed, told.warm_up_requests
-        )
+        curve, arrays = lru_curve.estimated(trace, capacities, told.semantics, recipe.sample, recipe.seed)
     if curve.warning is not None:
         run.reporter.status(f"warning: {curve.warning}")
     kept.take_curve(arrays)

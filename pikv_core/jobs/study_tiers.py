@@ -44,7 +44,7 @@ def run(recipe: SimulateRecipe, run: Run) -> TieredServing:
             f"{recipe.trace}: tiers serve prompts, and this log ({conventions.format}) is replayed without them",
             hint="use a log with the blocks of each prompt, and --semantics prefix",
         )
-    tiers = load_tiers(recipe.tiers, bill.model, trace.block_tokens)
+    tiers = load_tiers(recipe.tiers, bill.model, trace.block_tokens, recipe.seed)
     warm_up = conventions.warm_up_requests
     found = replay_tiers(
         trace,

@@ -145,21 +145,26 @@ def _reuse_times(ids: Any, starts: Any, timestamps_ms: Any, last_ms: Any, reused
             last_ms[block] = now
 
 
-def hits_by_category(trace: Trace, hits: NDArray[np.integer]) -> list[Hits]:
-    """Return the hits of each category that has requests, most accesses first; hits: blocks per request [R]."""
-    rows = _grouped(trace, hits, trace.category, trace.categories)
+def hits_by_category(trace: Trace, hits: NDArray[np.integer], warm_up: int = 0) -> list[Hits]:
+    """Return the hits of each category that has requests, most accesses first; hits: blocks per request [R].
+
+    warm_up: requests that are not counted.
+    """
+    rows = _grouped(trace, hits, trace.category, trace.categories, warm_up)
     return sorted(rows, key=lambda row: -row.accesses)
 
 
-def hits_by_turn(trace: Trace, hits: NDArray[np.integer]) -> list[Hits]:
-    """Return the hits by turn of the conversation; hits: blocks per request [R]."""
+def hits_by_turn(trace: Trace, hits: NDArray[np.integer], warm_up: int = 0) -> list[Hits]:
+    """Return the hits by turn of the conversation; hits: blocks per request [R]; warm_up: those not counted."""
     names = [*(str(turn) for turn in range(TURNS)), f"{TURNS}+"]
-    return _grouped(trace, hits, np.clip(trace.turn, 0, TURNS), names)
+    return _grouped(trace, hits, np.clip(trace.turn, 0, TURNS), names, warm_up)
 
 
-def _grouped(trace: Trace, hits: NDArray[np.integer], group: NDArray[np.integer], names: Sequence[str]) -> list[Hits]:
-    """Return a row for each group [R], an index into names, that has requests."""
-    rows = zip(names, *_sums(trace, hits, group, len(names)), strict=True)
+def _grouped(
+    trace: Trace, hits: NDArray[np.integer], group: NDArray[np.integer], names: Sequence[str], warm_up: int
+) -> list[Hits]:
+    """Return a row for each group [R], an index into names, that has requests after the warm-up."""
+    rows = zip(names, *_sums(trace, hits, group, len(names), warm_up), strict=True)
     return [Hits(*row, hit_ratio=_ratio(row[3], row[2])) for row in rows if row[1]]
 
 
@@ -182,12 +187,13 @@ def hits_over_time(trace: Trace, hits: NDArray[np.integer]) -> HitsOverTime:
 
 
 def _sums(
-    trace: Trace, hits: NDArray[np.integer], group: NDArray[np.integer], num_groups: int
+    trace: Trace, hits: NDArray[np.integer], group: NDArray[np.integer], num_groups: int, warm_up: int = 0
 ) -> tuple[list[int], list[int], list[int]]:
     """Return requests, accesses and hits by group."""
-    requests = np.bincount(group, minlength=num_groups)
-    accesses = np.bincount(group, trace.blocks_per_request, num_groups).astype(np.int64)
-    num_hits = np.bincount(group, hits, num_groups).astype(np.int64)
+    counted = group[warm_up:]
+    requests = np.bincount(counted, minlength=num_groups)
+    accesses = np.bincount(counted, trace.blocks_per_request[warm_up:], num_groups).astype(np.int64)
+    num_hits = np.bincount(counted, hits[warm_up:], num_groups).astype(np.int64)
     return requests.tolist(), accesses.tolist(), num_hits.tolist()
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pikv_core.errors import UsageError
 from pikv_core.simulation.curve import curve, worthwhile_capacity
 from pikv_core.simulation.replay import Semantics, Touch
 from pikv_core.simulation.shards import sampled_curve
@@ -26,7 +25,7 @@ class LRUCurve:
     block_hit_ratio: list[float]
     block_hit_ratio_error: list[float] | None  # of an estimate: half the width of the 95 % interval
     token_hit_ratio: list[float] | None  # None where estimated
-    worthwhile_capacity_blocks: int | None  # the least with 90 % of the ceiling's hits; None where estimated
+    worthwhile_capacity_blocks: int | None  # the least with 90 % of the ceiling's hits; None where estimated or no hits
     sampled_blocks: int | None  # that it was estimated from
     warning: str | None
 
@@ -43,7 +42,7 @@ def exact(
         block_hit_ratio=(whole.block_hits[at] / max(1, whole.block_accesses)).tolist(),
         block_hit_ratio_error=None,
         token_hit_ratio=(whole.token_hits[at] / max(1, whole.input_tokens)).tolist(),
-        worthwhile_capacity_blocks=worthwhile_capacity(whole, WORTHWHILE_SHARE),
+        worthwhile_capacity_blocks=worthwhile_capacity(whole, WORTHWHILE_SHARE) if whole.block_hits[-1] else None,
         sampled_blocks=None,
         warning=None,
     )
@@ -54,11 +53,9 @@ def exact(
 
 
 def estimated(
-    trace: Trace, capacities: list[int], semantics: Semantics, rate: float, seed: int, warm_up: int
+    trace: Trace, capacities: list[int], semantics: Semantics, rate: float, seed: int
 ) -> tuple[LRUCurve, dict[str, NDArray[Any]]]:
     """Return the curve at `capacities` from a sample of the blocks, and at all that the sample tells of."""
-    if warm_up:
-        raise UsageError("sample: an estimated curve counts every request", hint="leave warm_up out, or the sample")
     found = sampled_curve(trace, rate, seed, semantics)
     points = LRUCurve(
         capacity_blocks=list(capacities),

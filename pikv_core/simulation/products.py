@@ -29,7 +29,7 @@ class Products:
     recipe: SimulateRecipe
     trace: Trace
     bill: Bill | None
-    warm_up: int  # requests that pictures of times leave out
+    warm_up: int  # requests that hits by kind and pictures of times leave out
     drawn_capacity: int  # blocks; pictures of single requests and of time are of the policies at this one
     run: Run
     write: Write | None = None
@@ -54,8 +54,8 @@ class Products:
                 {
                     "policy": label,
                     "capacity_blocks": capacity,
-                    "by_category": hits_by_category(self.trace, found.hits),
-                    "by_turn": hits_by_turn(self.trace, found.hits),
+                    "by_category": hits_by_category(self.trace, found.hits, self.warm_up),
+                    "by_turn": hits_by_turn(self.trace, found.hits, self.warm_up),
                     "over_time": over_time,
                 }
             )

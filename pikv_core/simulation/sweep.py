@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
 
@@ -19,10 +19,11 @@ def sweep(
     touch: Touch | None,
     threads: int = 1,
     progress: Callable[[int, float], None] | None = None,
-) -> Iterator[Replay]:
+) -> Generator[Replay]:
     """Yield the replay of each pair of policy and capacity (blocks), in order; at most `threads` wait to be taken.
 
-    progress: called with the index of a pair and the share of it that is done.
+    Close it to stop those under way: they end at their next report of progress. progress: called with the index of a
+    pair and the share of it that is done.
     """
     stopped = Event()
 

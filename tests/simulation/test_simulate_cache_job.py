@@ -81,7 +81,7 @@ def test_capacity_beyond_the_trace(tmp_path: Path, trace: str) -> None:
 
 
 def test_object_semantics_touch_forward(tmp_path: Path, trace: str) -> None:
-    result = simulate(tmp_path, trace, semantics="object", touch="reverse", capacities=[8])
+    result = simulate(tmp_path, trace, semantics="object", capacities=[8])
     assert result.touch == "forward"
     assert {row["touch"] for row in result.results} == {"forward"}
     assert {row["block_hits"] for row in result.results} == {15 - 8}
@@ -117,6 +117,23 @@ def test_shipped_recipe_runs(tmp_path: Path, trace: str, name: str) -> None:
     assert {file.stem for file in (tmp_path / "run").glob("*.png")} == pictures[name]
 
 
+def test_the_seed_of_the_recipe_draws_random_victims(tmp_path: Path, trace: str) -> None:
+    hits = {
+        seed: [
+            row["evictions"] for row in simulate(tmp_path / str(seed), trace, policies=["random"], seed=seed).results
+        ]
+        for seed in range(6)
+    }
+    assert len({tuple(row) for row in hits.values()}) > 1
+
+
+def test_no_hits_have_no_worthwhile_capacity(tmp_path: Path, trace: str) -> None:
+    once = tmp_path / "once.jsonl"
+    once.write_text(Path(trace).read_text().splitlines()[0])
+    result = simulate(tmp_path / "once", str(once), policies=["lru"], capacities=[8], curve=True)
+    assert (result.ceiling_hits, result.curve.worthwhile_capacity_blocks) == (0, None)
+
+
 SERVING = {"serving.kv_model": "llama-3.1-8b", "serving.hardware": "h100"}
 
 
@@ -131,12 +148,16 @@ def test_rows_are_compared_with_the_ceiling_and_the_optimum(tmp_path: Path, trac
 
 
 def test_a_warm_up_is_replayed_and_not_counted(tmp_path: Path, trace: str) -> None:
-    result = simulate(tmp_path, trace, policies=["infinite"], capacities=[8], warm_up=0.5, curve=True)
+    flags = {"policies": ["infinite"], "capacities": [8], "curve": True}
+    result = simulate(tmp_path, trace, **flags, warm_up=0.5, diagnostics=True)
     hits = [0, 2, 0, 3, 1, 1]  # of REQUESTS, in an infinite cache
     assert result.warm_up_requests == 3
     assert result.ceiling_hits == sum(hits[3:]) == result.results[0]["block_hits"] == result.curve.block_hits[0]
     assert result.results[0]["block_accesses"] == sum(map(len, REQUESTS[3:]))
     assert result.curve.block_hit_ratio == [result.results[0]["block_hit_ratio"]]
+    (found,) = json.loads((tmp_path / "run/diagnostics.json").read_text())["replays"]
+    assert [row["hits"] for row in found["by_category"]] == [sum(hits[3:])]
+    assert sum(found["over_time"]["hits"]) == sum(hits)  # from the beginning, to show how the cache fills
 
 
 def test_capacities_in_bytes_follow_from_the_model(tmp_path: Path, trace: str) -> None:

@@ -54,7 +54,7 @@ def tier_row(
     capacity = None if tier.policy.unbounded else tier.capacity_blocks
     return TierRow(
         tier=tier.name,
-        policy=tier.policy.name,
+        policy=tier.label,
         capacity_blocks=capacity,
         capacity_bytes=None if capacity is None else capacity * block_bytes,
         block_hits=int(tally[HITS]),

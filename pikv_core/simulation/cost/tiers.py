@@ -138,6 +138,7 @@ class Tier:
 
     name: str
     policy: RequestPolicy
+    label: str  # of the policy with its options
     capacity_blocks: int | None  # None: unlimited
     read_bytes_per_s: float  # inf: nothing has to be loaded
     write_bytes_per_s: float
@@ -146,9 +147,9 @@ class Tier:
     promotes: bool
 
 
-def load_tiers(file: str | Path, model: KvModel, block_tokens: int) -> tuple[Tier, ...]:
+def load_tiers(file: str | Path, model: KvModel, block_tokens: int, seed: int = 0) -> tuple[Tier, ...]:
     """Read a file of tiers; raise RecipeError with every problem found, PiKVError where no block fits."""
-    return tuple(_tier(settings, model, block_tokens) for settings in read_tiers(file).tiers)
+    return tuple(_tier(settings, model, block_tokens, seed) for settings in read_tiers(file).tiers)
 
 
 def read_tiers(file: str | Path) -> TierFile:
@@ -173,7 +174,7 @@ def _told(tree: Any, source: str) -> TierFile:
     return told
 
 
-def _tier(settings: TierSettings, model: KvModel, block_tokens: int) -> Tier:
+def _tier(settings: TierSettings, model: KvModel, block_tokens: int, seed: int = 0) -> Tier:
     capacity: int | None
     if isinstance(settings.capacity, int):
         capacity = settings.capacity
@@ -182,7 +183,8 @@ def _tier(settings: TierSettings, model: KvModel, block_tokens: int) -> Tier:
     speed = settings.speed
     return Tier(
         name=settings.name,
-        policy=build_priced(settings.policy, model),
+        policy=build_priced(settings.policy, model, seed),
+        label=settings.policy.label(),
         capacity_blocks=capacity,
         read_bytes_per_s=speed.read_gb_per_s * 1e9,
         write_bytes_per_s=speed.write_gb_per_s * 1e9,

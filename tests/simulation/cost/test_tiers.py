@@ -87,6 +87,8 @@ def test_a_policy_that_goes_by_costs_takes_them_from_the_model() -> None:
         {"attention_tokens": 9.0},
     ]
     assert vars(build_priced(Component("gdsf"), None)) == {"attention_tokens": None}
+    assert vars(build_priced(Component("random"), MODEL, seed=-7)) == {"seed": 7}
+    assert vars(build_priced(Component("random", {"seed": 3}), None, seed=7)) == {"seed": 3}
     assert build_priced(Component("lru"), MODEL).name == "lru"
 
 

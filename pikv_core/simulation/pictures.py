@@ -95,7 +95,9 @@ def draw_ttft(times_s: Mapping[str, NDArray[np.float64]], slo_s: float | None, t
             axes.plot(np.quantile(times, shares), shares, label=label, **_style(number))
         if slo_s is not None:
             axes.axvline(slo_s, color="black", linewidth=1, linestyle=":", label="slo")
-        axes.set(title=title, xscale="log", xlabel="time to first token (s)", ylabel="share of requests")
+        if any(times.max() > 0 for times in times_s.values()):
+            axes.set_xscale("log")
+        axes.set(title=title, xlabel="time to first token (s)", ylabel="share of requests")
         least_s = min(float(np.quantile(times, LEAST_SHARE)) for times in times_s.values())
         if least_s > 0:
             axes.set_xlim(left=least_s / 2)

@@ -29,11 +29,12 @@ def by_loops(row, read, top_tokens, page_tokens):
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)
-@given(st.integers(0, 10**6), st.integers(1, 20), st.integers(1, 6), st.integers(1, 5))
-def test_a_step_is_measured_as_loops_measure_it(seed, num_tokens, top_tokens, page_tokens):
+@given(st.integers(0, 10**6), st.integers(1, 20), st.integers(1, 30), st.integers(1, 5), st.booleans())
+def test_a_step_is_measured_as_loops_measure_it(seed, num_tokens, top_tokens, page_tokens, tied):
     random = np.random.default_rng(seed)
     row = (random.random((2, 3, num_tokens)) * random.integers(0, 2, (2, 3, num_tokens))).astype(np.float32)
-    row[:, :, -1] += 0.01
+    row = np.ceil(3 * row) if tied else row
+    row[:, :, -1] += 1 if tied else 0.01
     read = np.stack([random.permutation(np.arange(-1, num_tokens))[: 1 + num_tokens // 2] for _ in range(2)])
     measures = Measures.empty(1, 1, 2)
     measures.note(0, 0, row, read, read, top_tokens, page_tokens)

@@ -43,7 +43,7 @@ def run(recipe: SimulateRecipe, run: Run) -> HitStudy:
     bill = Bill.of(recipe.serving)
     model = None if bill is None else bill.model
     policies = {each.label(): build_priced(each, model, recipe.seed) for each in recipe.policies}
-    trace, conventions = open_trace(recipe, run.reporter)
+    trace, conventions = open_trace(recipe, run)
     told = {**vars(conventions), "bill": None if bill is None else bill.told()}
     if not trace.ids.size:
         rows = [_without_blocks(conventions, bill, trace)]

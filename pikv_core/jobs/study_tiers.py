@@ -38,7 +38,7 @@ def run(recipe: SimulateRecipe, run: Run) -> TieredServing:
     """Read trace and tiers, replay, and write the run folder."""
     bill = Bill.of(recipe.serving)
     assert bill is not None and bill.hardware is not None and recipe.tiers is not None  # the recipe's own check
-    trace, conventions = open_trace(recipe, run.reporter)
+    trace, conventions = open_trace(recipe, run)
     if conventions.semantics != "prefix" or not trace.ids.size:
         raise PiKVError(
             f"{recipe.trace}: tiers serve prompts, and this log ({conventions.format}) is replayed without them",

@@ -8,7 +8,8 @@ from decimal import Decimal
 from pathlib import Path
 
 from pikv_core.errors import PiKVError, UsageError
-from pikv_core.runs import Reporter
+from pikv_core.files import make_folder
+from pikv_core.runs import Run
 from pikv_core.schema import SimulateRecipe
 from pikv_core.simulation.export import export_oracle_general
 from pikv_core.simulation.load import load
@@ -38,7 +39,7 @@ class Conventions:
     num_unique_blocks: int
 
 
-def open_trace(recipe: SimulateRecipe, reporter: Reporter) -> tuple[Trace, Conventions]:
+def open_trace(recipe: SimulateRecipe, run: Run) -> tuple[Trace, Conventions]:
     """Load the recipe's trace and settle what its hits mean; raise UsageError where the log cannot tell them."""
     _check_files(recipe)
     loaded = load(
@@ -47,7 +48,7 @@ def open_trace(recipe: SimulateRecipe, reporter: Reporter) -> tuple[Trace, Conve
         seed=recipe.seed,
         keep_columns=recipe.keep_columns,
         skip_bad_lines=recipe.skip_bad_lines,
-        status=reporter.status,
+        status=run.reporter.status,
     )
     trace = loaded.trace
     semantics: Semantics = recipe.semantics or ("object" if trace.is_objects else "prefix")
@@ -59,6 +60,8 @@ def open_trace(recipe: SimulateRecipe, reporter: Reporter) -> tuple[Trace, Conve
                 f"{recipe.trace}: no prompt fills a block of {trace.block_tokens} tokens",
                 hint="leave --full-blocks out",
             )
+    if recipe.export is not None or recipe.per_request is not None:
+        make_folder(run.folder)  # first, as it has to be empty: the files may lie in it
     if recipe.export is not None:
         export_oracle_general(trace, recipe.export)
     conventions = Conventions(
@@ -78,7 +81,7 @@ def open_trace(recipe: SimulateRecipe, reporter: Reporter) -> tuple[Trace, Conve
         num_accesses=trace.ids.size,
         num_unique_blocks=trace.num_blocks,
     )
-    reporter.status(
+    run.reporter.status(
         f"{recipe.trace} ({loaded.format}): {trace.num_requests:,} requests, {trace.ids.size:,} block accesses, "
         f"{trace.num_blocks:,} unique blocks of {trace.block_tokens} tokens"
     )

@@ -10,7 +10,7 @@ import pytest
 
 from pikv_core import recipes
 from pikv_core.errors import PiKVError, UsageError
-from pikv_core.runs import Reporter
+from pikv_core.runs import Run
 from pikv_core.simulation.opened import Conventions, open_trace
 from pikv_core.simulation.trace import Trace
 
@@ -32,7 +32,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def opened(trace: Path, **settings: Any) -> tuple[Trace, Conventions]:
-    return open_trace(recipes.load("simulate-cache", flags={"trace": str(trace), **settings}), Reporter())
+    recipe = recipes.load("simulate-cache", flags={"trace": str(trace), "out": str(trace.parent / "run"), **settings})
+    return open_trace(recipe, Run(recipe))
 
 
 def test_full_blocks_change_what_is_counted(folder: Path) -> None:

@@ -189,6 +189,14 @@ def test_single_requests_add_up_to_the_rows(tmp_path: Path, trace: str, suffix: 
         assert max(each["ttft_s"] for each in of) >= row["ttft_p95_s"]
 
 
+def test_files_may_lie_in_the_run_folder(tmp_path: Path, trace: str) -> None:
+    run = tmp_path / "run"
+    simulate(
+        tmp_path, trace, capacities=[3], export=str(run / "trace.oracleGeneral"), per_request=str(run / "below/r.csv")
+    )
+    assert {"trace.oracleGeneral", "below", "recipe.yaml", "result.json"} <= {file.name for file in run.iterdir()}
+
+
 def test_a_per_request_file_of_no_format_is_refused_before_the_trace_is_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"expected a file ending in .parquet or .csv, got 'x.txt'"):
         simulate(tmp_path, str(tmp_path / "none.jsonl"), per_request="x.txt")

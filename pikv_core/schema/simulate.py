@@ -46,8 +46,7 @@ def _interleaving(text: str) -> str:
         "closed-loop": r"closed-loop:[1-9]\d*",
     }
     if kind not in fits or not re.fullmatch(fits[kind], text):
-        message = f"expected absolute, poisson:GAP_S or closed-loop:N, got '{text}'"
-        raise PydanticCustomError("interleaving", "{text}", {"text": message})
+        raise PydanticCustomError("interleaving", "expected absolute, poisson:GAP_S or closed-loop:N")
     return text
 
 

@@ -28,6 +28,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"capacities": [2**62]}, "from 1 to below 2\\^62"),
     ({"capacities": ["0B"]}, "from 1 to below 2\\^62"),
     ({"warm_up": 1.0}, "warm_up"),
+    ({"interleave": "closed-loop:0"}, "interleave: expected absolute, poisson:GAP_S or closed-loop:N, got '[^']*'$"),
 ]
 
 

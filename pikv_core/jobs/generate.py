@@ -49,7 +49,7 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
     prompts = read_prompts(recipe)
     find_model(recipe.model)
     if recipe.record_attention is not None:
-        _refuse_folder(recipe.record_attention)
+        _check_place(recipe.record_attention, recipe.prompt_file)
 
     from pikv_core.jobs.record_attention import Recording
     from pikv_core.model.generation import as_chat, generate_batch
@@ -111,11 +111,14 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
     return result
 
 
-def _refuse_folder(path: str) -> None:
+def _check_place(path: str, prompt_file: str | None) -> None:
+    """Raise UsageError where a file written there would take the place of a folder or of the prompt."""
     if Path(path).is_dir():
         raise UsageError(
             f"the attention is written to a file, and '{path}' is a folder", hint="give --record-attention a file"
         )
+    if prompt_file is not None and Path(path).resolve() == Path(prompt_file).resolve():
+        raise UsageError(f"the attention would replace the prompt in '{path}'", hint="give another name")
 
 
 def _make_folder_of(path: str, run: Run) -> None:

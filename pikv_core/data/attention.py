@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pikv_core.data import TASKS
+from pikv_core.data import TASKS, text_files
 from pikv_core.errors import UsageError
 from pikv_core.files import make_folder
 from pikv_core.runs import Reporter
@@ -64,11 +64,7 @@ class Attention:
         reporter: Reporter,
     ) -> dict[str, int]:
         """Write `attention.safetensors` with num_samples decode steps after the prompt."""
-        if text or column:
-            raise UsageError(
-                "task 'attention' is made without text, got " + (f"text '{text[0]}'" if text else f"column '{column}'"),
-                hint="drop --text and --column",
-            )
+        text_files.refuse("attention", text, column)
         num_tokens = self.prompt_tokens + num_samples
         writer = AttentionWriter(self.top_p, self.dtype)
         for layer in range(self.num_layers):

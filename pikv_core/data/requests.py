@@ -18,8 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from pikv_core.data import TASKS
-from pikv_core.errors import UsageError
+from pikv_core.data import TASKS, text_files
 from pikv_core.files import replacing
 from pikv_core.runs import Reporter
 
@@ -61,11 +60,7 @@ class Requests:
         reporter: Reporter,
     ) -> dict[str, int]:
         """Write `requests.jsonl` with num_samples requests in order of arrival."""
-        if text or column:
-            raise UsageError(
-                "task 'requests' is made without text, got " + (f"text '{text[0]}'" if text else f"column '{column}'"),
-                hint="drop --text and --column",
-            )
+        text_files.refuse("requests", text, column)
         requests = self.requests(np.random.default_rng(seed))
         with (
             replacing(folder / "requests.jsonl") as temporary,

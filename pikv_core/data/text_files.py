@@ -40,6 +40,13 @@ def read(paths: list[str], column: str | None = None) -> list[str]:
     return documents
 
 
+def refuse(task: str, paths: list[str], column: str | None) -> None:
+    """Raise UsageError where a task that is made without text got some."""
+    if paths or column:
+        got = f"text '{paths[0]}'" if paths else f"column '{column}'"
+        raise UsageError(f"task '{task}' is made without text, got {got}", hint="drop --text and --column")
+
+
 def _allowed() -> str:
     return f"a text file is one of: {', '.join((*READERS, *TABLES))}"
 

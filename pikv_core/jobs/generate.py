@@ -123,9 +123,11 @@ def _check_place(path: str, prompt_file: str | None) -> None:
 
 def _make_folder_of(path: str, run: Run) -> None:
     """Make the folder that a file will be written into, or say before the work that it cannot be."""
-    make_folder(run.folder)  # first, as it has to be empty: the file may lie in it
+    own, folder = run.recipe.out, Path(path).resolve().parent
+    if own is not None and folder.is_relative_to(Path(own).resolve()):
+        make_folder(run.folder)  # it has to be empty before
     try:
-        make_folder(Path(path).parent)
+        make_folder(folder)
     except PiKVError as error:
         raise PiKVError(error.message, hint="choose another place with --record-attention") from error
 

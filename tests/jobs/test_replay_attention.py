@@ -159,6 +159,7 @@ def test_the_file_may_lie_in_the_run_folder_and_is_no_folder(model, tmp_path):
     with pytest.raises(PiKVError, match="cannot create the folder") as caught:
         record(model, tmp_path, out=str(tmp_path / "other"), record_attention=str(kept / "notes" / "x"))
     assert "--record-attention" in caught.value.hint
+    assert not (tmp_path / "other").exists()
     notes = str(kept / "notes")
     with pytest.raises(UsageError, match="would replace the prompt"):
         record(model, tmp_path, out=str(tmp_path / "third"), prompt=None, prompt_file=notes, record_attention=notes)

@@ -57,9 +57,17 @@ def _tiers(file: str) -> str:
     return file
 
 
+def _hardware(spec: str | dict[str, float]) -> str | dict[str, float]:
+    from pikv_core.simulation.cost.hardware import Hardware
+
+    Hardware.load(spec)
+    return spec
+
+
 CAPACITY_LIMIT = 2**62
 OF_ONE_TIER = ("policies", "capacities", "curve", "sample", "diagnostics")
 Capacity = Annotated[int | str, BeforeValidator(_capacity)]
+HardwareSpec = Annotated[str | dict[str, float], AfterValidator(_hardware)]
 TiersFile = Annotated[str, AfterValidator(_tiers)]
 Interleaving = Annotated[str, AfterValidator(_interleaving)]
 
@@ -69,7 +77,7 @@ class ServingSettings(Section):
 
     kv_model: str | None = None  # a config.json, a folder that has one, or a model of the built-in list
     kv_dtype: Literal["bfloat16", "float8"] = "bfloat16"  # of the cached keys and values
-    hardware: str | dict[str, float] | None = None  # a name of the built-in list, or numbers by name
+    hardware: HardwareSpec | None = None  # a name of the built-in list, or numbers by name
     servers: Positive = 1  # prefill servers, first come first served
     slo_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = (
         None  # time to first token that counts as served well
@@ -133,7 +141,7 @@ class SimulateRecipe(Recipe):
             ),
             (
                 self.semantics == "object" and self.touch == "reverse",
-                "object hits are touched forward: leave touch out",
+                "object hits are touched forward: leave touch out, or give forward",
             ),
             (
                 serving.kv_model is None and serving.kv_dtype != "bfloat16",

@@ -22,6 +22,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"serving.hardware": "h100"}, "serving.hardware needs serving.kv_model"),
     ({**PRICED, "semantics": "object"}, "times follow from prefix hits"),
     ({**PRICED, "serving.overlap": 0.5}, "serving.overlap is of loading from tiers"),
+    ({**MODEL, "serving.hardware": "h101"}, "hardware: expected a known device"),
+    ({**MODEL, "serving.hardware": {"peak_tflops": 0.0}}, "hardware: peak_tflops: expected a value greater than 0"),
     ({**MODEL, "serving.slo_s": 1.0}, "serving.slo_s needs serving.hardware"),
     ({**MODEL, "serving.servers": 2}, "serving.servers needs serving.hardware"),
     ({**PRICED, "serving.slo_s": float("inf")}, "serving.slo_s"),

@@ -46,6 +46,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         yield written
         if path.is_dir() and not path.is_symlink():
+            if not written.is_dir():
+                raise PiKVError(f"{path}: is a folder, and a file is to be written", hint="give the name of a file")
             os.rename(path, temporary / "replaced")
         os.replace(written, path)
     except OSError as error:

@@ -38,6 +38,18 @@ def _capacity(value: Any) -> Any:
     return value
 
 
+def _of_blocks(value: Any) -> Any:
+    """Refuse policies of tokens with the reason, which the names of block policies do not tell."""
+    from pikv_core.scheduling import POLICIES
+    from pikv_core.simulation.policies import REQUEST_POLICIES
+
+    name = value.get("name") if isinstance(value, Mapping) else value
+    if isinstance(name, str) and name in set(POLICIES.names()) - set(REQUEST_POLICIES.names()):
+        text = f"policy '{name}' is one of tokens, for recorded attention: give --budget"
+        raise PydanticCustomError("component", "{text}", {"text": text})
+    return value
+
+
 def _interleaving(text: str) -> str:
     kind = text.partition(":")[0]
     fits = {
@@ -69,6 +81,7 @@ OF_ONE_TIER = ("policies", "capacities", "curve", "sample", "diagnostics")
 Capacity = Annotated[int | str, BeforeValidator(_capacity)]
 HardwareSpec = Annotated[str | dict[str, float], AfterValidator(_hardware)]
 TiersFile = Annotated[str, AfterValidator(_tiers)]
+BlockPolicySpec = Annotated[RequestPolicySpec, BeforeValidator(_of_blocks)]
 Interleaving = Annotated[str, AfterValidator(_interleaving)]
 
 
@@ -90,7 +103,7 @@ class SimulateRecipe(Recipe):
 
     verb: Literal["simulate-cache"] = "simulate-cache"
     trace: str
-    policies: Annotated[list[RequestPolicySpec], Field(min_length=1)] = [
+    policies: Annotated[list[BlockPolicySpec], Field(min_length=1)] = [
         Component("lru"),
         Component("fifo"),
         Component("belady"),

@@ -18,11 +18,16 @@ def compiled(function: Callable[..., Any], name: str, *parts: type) -> Callable[
     """
     from numba import njit
 
-    files = [*sorted(Path(__file__).parent.glob("*.py")), *(Path(inspect.getfile(part)) for part in parts)]
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    texts = [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    texts = [text for text in texts if b"register_jitable" in text] + [_text(part) for part in parts]
+    digest = hashlib.sha256(b"".join(texts)).hexdigest()[:12]
     function.__qualname__ = f"{name}_{digest}"
     options: dict[str, Any] = {"_nrt": False, "nogil": True}
     try:
         return njit(**options, cache=True)(function)
     except RuntimeError:  # no folder for the cache can be written
         return njit(**options)(function)
+
+
+def _text(part: type) -> bytes:
+    return Path(inspect.getfile(part)).read_bytes()

@@ -62,3 +62,8 @@ def test_the_recipe_of_a_run_folder_loads_again(
     recipe = recipes.load("simulate-cache", flags={"trace": "t.jsonl", "name": "again", **flags})
     (tmp_path / "recipe.yaml").write_text(recipes.dump(recipe))
     assert recipes.load("simulate-cache", tmp_path / "recipe.yaml") == recipe
+
+
+def test_a_policy_of_tokens_points_to_budgets() -> None:
+    with pytest.raises(UsageError, match="policy 'h2o' is one of tokens, for recorded attention: give --budget"):
+        recipes.load("simulate-cache", flags={"trace": "x", "policies": ["h2o"]})

@@ -63,17 +63,28 @@ class Driven:
             self.functions.admit(self.state, block, access, request)
 
 
+def assert_twin_equals_compiled(policy: str, semantics: Semantics, seed: int) -> None:
+    trace = make(seed)
+    capacity = (1, 2, 3, 5, 8, 13, 30, 1000)[seed // 2 % 8]
+    touch: Touch = "forward" if seed % 5 < 2 else "reverse"
+    compiled = replay(trace, member(policy), capacity, semantics, touch, backend="numba")
+    twin = replay(trace, member(policy), capacity, semantics, touch, backend="python")
+    assert compiled.hits.tolist() == twin.hits.tolist(), f"seed {seed}, capacity {capacity}, {touch}"
+    assert dataclasses.replace(compiled, hits=twin.hits) == twin, f"seed {seed}, capacity {capacity}, {touch}"
+
+
 @pytest.mark.parametrize("policy", REQUEST_POLICIES.names())
 @pytest.mark.parametrize("semantics", ["prefix", "object"])
 def test_twin_equals_compiled(policy: str, semantics: Semantics) -> None:
     for seed in range(40):
-        trace = make(seed)
-        capacity = (1, 2, 3, 5, 8, 13, 30, 1000)[seed // 2 % 8]
-        touch: Touch = "reverse" if seed < 24 else "forward"
-        compiled = replay(trace, member(policy), capacity, semantics, touch, backend="numba")
-        twin = replay(trace, member(policy), capacity, semantics, touch, backend="python")
-        assert compiled.hits.tolist() == twin.hits.tolist(), f"seed {seed}, capacity {capacity}, {touch}"
-        assert dataclasses.replace(compiled, hits=twin.hits) == twin, f"seed {seed}, capacity {capacity}, {touch}"
+        assert_twin_equals_compiled(policy, semantics, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", REQUEST_POLICIES.names())
+def test_twin_equals_compiled_on_a_thousand_traces(policy: str) -> None:
+    for seed in range(40, 1040):
+        assert_twin_equals_compiled(policy, "prefix" if seed % 3 else "object", seed)
 
 
 @pytest.mark.parametrize("policy", REQUEST_POLICIES.names())

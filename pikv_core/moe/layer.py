@@ -12,28 +12,38 @@ from pikv_core.moe.routing import Routing
 
 
 class MoE(nn.Module):
-    """Send tokens to experts and add up what these return; no token is dropped."""
+    """Send tokens to experts and add up what these return."""
 
     def __init__(self, gate: Any, experts: Experts):
         super().__init__()
         self.gate = gate
         self.experts = experts
         self._expert_tokens: Tensor | None = None
+        self._dropped: Tensor | None = None
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """Return y like x [..., D], and the routing; mask [...] is True for real tokens."""
-        routing = self.gate(x, mask)
+    def forward(self, x: Tensor, mask: Tensor | None = None, **info: Tensor) -> tuple[Tensor, Routing]:
+        """Return y like x [..., D], and the routing.
+
+        mask [...] is True for real tokens. info: what this router is told beside, such as `modality_info`.
+        """
+        routing = self.gate(x, mask=mask, **info)
         counts = routing.expert_tokens.detach()
         self._expert_tokens = counts if self._expert_tokens is None else self._expert_tokens + counts
+        if routing.kept is not None:
+            dropped = counts.sum() - routing.kept.sum()
+            self._dropped = dropped if self._dropped is None else self._dropped + dropped
         y = self.experts(x.reshape(-1, x.shape[-1]), routing.weights, routing.experts)
         return y.view_as(x), routing
 
     def reset_stats(self) -> None:
         """Forget the load counted so far."""
-        self._expert_tokens = None
+        self._expert_tokens = self._dropped = None
 
     def get_stats(self) -> dict[str, Any]:
-        """Return the load since the last reset: per expert, max/mean, coefficient of variation, dropped."""
+        """Return the load since the last reset, dropped choices, and what the router tells of itself.
+
+        The load is that of the choices, dropped ones too: per expert, max/mean, coefficient of variation.
+        """
         counts = self._expert_tokens
         tokens = [0] * self.experts.num_experts if counts is None else counts.tolist()
         load = torch.tensor(tokens, dtype=torch.float64)
@@ -42,5 +52,6 @@ class MoE(nn.Module):
             "expert_tokens": tokens,
             "load_max_over_mean": float(load.max()) / mean if mean else 0.0,
             "load_cv": float(load.std(correction=0)) / mean if mean else 0.0,
-            "dropped_tokens": 0,
+            "dropped_tokens": 0 if self._dropped is None else int(self._dropped),
+            **self.gate.get_stats(),
         }

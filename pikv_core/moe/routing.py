@@ -19,7 +19,8 @@ class Routing:
 
     weights: [T, K] float32, of each choice. experts: [T, K] int64. logits, probs: [T, E] float32. losses: by
     name, unweighted. loss_weights: the factor of each. expert_tokens: [E] int64, choices of real
-    tokens per expert.
+    tokens per expert, dropped ones too. kept: bool [T, K], False for choices dropped over capacity, whose weight is 0;
+    None where nothing is.
     """
 
     weights: Tensor
@@ -29,6 +30,7 @@ class Routing:
     losses: dict[str, Tensor]
     loss_weights: dict[str, float]
     expert_tokens: Tensor
+    kept: Tensor | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from (self.dispatch, self.combine, self.probs, self.loss)
@@ -44,7 +46,7 @@ class Routing:
     @cached_property
     def dispatch(self) -> Tensor:
         """Return [T, E, C] of bool: which slot of which expert holds a token; C is the largest load."""
-        return self._dense(torch.ones_like(self.weights, dtype=torch.bool))
+        return self._dense(torch.ones_like(self.weights, dtype=torch.bool) if self.kept is None else self.kept)
 
     @cached_property
     def combine(self) -> Tensor:
@@ -55,10 +57,12 @@ class Routing:
         num_tokens, num_choices = self.experts.shape
         experts = self.experts.reshape(-1)
         chosen = torch.nn.functional.one_hot(experts, self.probs.shape[-1])
+        kept = torch.ones_like(experts, dtype=torch.bool) if self.kept is None else self.kept.reshape(-1)
+        chosen = chosen * kept[:, None]
         slots = ((chosen.cumsum(0) - 1) * chosen).sum(-1)
         tokens = torch.arange(num_tokens, device=slots.device).repeat_interleave(num_choices)
-        dense = values_TK.new_zeros(num_tokens, self.probs.shape[-1], int(chosen.sum(0).max()))
-        return dense.index_put((tokens, experts, slots), values_TK.reshape(-1))
+        dense = values_TK.new_zeros(num_tokens, self.probs.shape[-1], max(1, int(chosen.sum(0).max())))
+        return dense.index_put((tokens[kept], experts[kept], slots[kept]), values_TK.reshape(-1)[kept])
 
 
 def count_tokens(experts: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:

@@ -110,3 +110,22 @@ def test_an_unknown_kind_is_refused_with_the_allowed_ones():
 def test_more_choices_than_experts_are_refused():
     with pytest.raises(UsageError, match="top_k: 9 is more than the 6 experts"):
         create_moe_router("base", D, E, 9)
+
+
+@pytest.mark.parametrize("kind", ROUTERS.names())
+def test_capacity_is_of_training_alone_and_never_exceeded(kind):
+    router = create_moe_router(kind, D, E, K, capacity_factor=0.5)
+    x, mask = torch.randn(T, D), torch.rand(T) < 0.8
+    routing = router(x, mask=mask)
+    capacity = -(-int(mask.sum()) * K // (2 * E))
+    taken = torch.zeros(E, dtype=torch.int64).index_add_(
+        0, routing.experts[routing.kept], torch.ones(1, dtype=torch.int64).expand(int(routing.kept.sum()))
+    )
+    assert taken.max() <= max(1, capacity) and not routing.kept[~mask].any()
+    assert (routing.weights[~routing.kept] == 0).all()
+    assert routing.dispatch.sum() == routing.kept.sum() and routing.dispatch.sum(0).max() <= 1
+    first, second = routing.kept[:, 0], routing.kept[:, 1]
+    for expert in range(E):  # a first choice is dropped only where no second one is kept
+        dropped_first = (mask & (routing.experts[:, 0] == expert) & ~first).any()
+        assert not (dropped_first and (second & (routing.experts[:, 1] == expert)).any())
+    assert router.eval()(x, mask=mask).kept is None

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 
-def slots(experts_TK: Tensor, num_experts: int, capacity_factor: float) -> int:
-    """Return the choices an expert takes: capacity_factor times an even share, at least 1."""
-    return max(1, math.ceil(capacity_factor * experts_TK.numel() / num_experts))
+def slots(num_choices: int | Tensor, num_experts: int, capacity_factor: float) -> Tensor:
+    """Return the choices an expert takes: capacity_factor times an even share, rounded up, at least 1."""
+    return (capacity_factor * torch.as_tensor(num_choices, dtype=torch.float64) / num_experts).ceil().clamp(min=1)
 
 
-def within_capacity(experts_TK: Tensor, num_experts: int, capacity: int, mask_T: Tensor | None = None) -> Tensor:
-    """Return bool [T, K]: the choices that fit, all first choices in order of tokens before any second.
+def within_capacity(experts: Tensor, num_experts: int, capacity: Tensor, asked: Tensor | None = None) -> Tensor:
+    """Return bool like experts [..., T, K]: choices that fit, all first ones in order of tokens before any second.
 
-    mask_T: True for real tokens; the others take no slot and are never kept.
+    Leading dimensions are groups of tokens, each with slots of its own. capacity: one number, or one a group [...].
+    asked: bool that broadcasts to experts; the other choices take no slot and are never kept.
     """
-    num_tokens, num_choices = experts_TK.shape
-    experts_N = experts_TK.T.reshape(-1)
-    chosen_NE = torch.nn.functional.one_hot(experts_N, num_experts)
-    if mask_T is not None:
-        chosen_NE = chosen_NE * mask_T.repeat(num_choices)[:, None]
-    place_N = (chosen_NE.cumsum(0) * chosen_NE).sum(-1)  # from 1; 0 for padding
-    return ((place_N > 0) & (place_N <= capacity)).view(num_choices, num_tokens).T
+    num_tokens, num_choices = experts.shape[-2:]
+    asked_TK = torch.ones_like(experts, dtype=torch.bool) if asked is None else asked.expand_as(experts)
+    ordered = experts.transpose(-1, -2).flatten(-2)
+    chosen = torch.nn.functional.one_hot(ordered, num_experts) * asked_TK.transpose(-1, -2).flatten(-2)[..., None]
+    place = (chosen.cumsum(-2) * chosen).sum(-1)  # from 1; 0 for what is not asked
+    fits = (place > 0) & (place <= capacity[..., None])
+    return fits.unflatten(-1, (num_choices, num_tokens)).transpose(-1, -2)

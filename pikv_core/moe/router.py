@@ -48,32 +48,39 @@ class Router(nn.Module):
     def route(self, x_TD: Tensor, mask_T: Tensor | None, info_T: Tensor | None = None) -> Routing:
         """Route tokens [T, D]; info_T: what a router of its own kind is told of each token."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = self.logits(x_TD.float(), info_T)
+            logits_TE = self.logits(at_least_float32(x_TD), info_T)
             probs_TE = logits_TE.softmax(-1)
             weights_TK, experts_TK = self.choose(logits_TE, probs_TE, mask_T)
-            expert_tokens = count_tokens(experts_TK, self.num_experts, mask_T)
-            kept_TK = self.keep(experts_TK, mask_T)
+            skipped_TK = self.skip(weights_TK) if self.training else None
+            asked_TK = _asked(mask_T, skipped_TK)
+            expert_tokens = count_tokens(experts_TK, self.num_experts, asked_TK)
+            kept_TK = None if skipped_TK is None else asked_TK
+            if self.training and self.capacity_factor is not None:
+                kept_TK = self.keep(experts_TK, mask_T, asked_TK, info_T)
             losses = self.losses(logits_TE, probs_TE, expert_tokens, mask_T, info_T)
         if kept_TK is not None:
             weights_TK = weights_TK * kept_TK
         return Routing(weights_TK, experts_TK, logits_TE, probs_TE, losses, self.loss_weights, expert_tokens, kept_TK)
 
     def logits(self, x_TD: Tensor, info_T: Tensor | None) -> Tensor:
-        """Return the scores [T, E] of float32 tokens; probs are their softmax."""
-        return x_TD @ self.weight.float().T
+        """Return the scores [T, E] of tokens in float32 or wider; probs are their softmax."""
+        return x_TD @ self.weight.to(x_TD.dtype).T
 
     def choose(self, logits_TE: Tensor, probs_TE: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the weights [T, K] and the experts [T, K], best first; experts of a token differ."""
         weights_TK, experts_TK = probs_TE.topk(self.top_k, dim=-1)
         return weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK
 
-    def keep(self, experts_TK: Tensor, mask_T: Tensor | None) -> Tensor | None:
-        """Return bool [T, K], False for choices beyond an expert's capacity; None where nothing is dropped."""
-        if self.capacity_factor is None or not self.training:
-            return None
-        real_TK = experts_TK if mask_T is None else experts_TK[mask_T]
-        capacity = slots(real_TK, self.num_experts, self.capacity_factor)
-        return within_capacity(experts_TK, self.num_experts, capacity, mask_T)
+    def skip(self, weights_TK: Tensor) -> Tensor | None:
+        """Return bool [T, K], True for choices that chance passes over; None for none. Asked for in training alone."""
+        return None
+
+    def keep(self, experts_TK: Tensor, mask_T: Tensor | None, asked_TK: Tensor | None, info_T: Tensor | None) -> Tensor:
+        """Return bool [T, K], False for choices beyond an expert's capacity and for those not in asked_TK."""
+        assert self.capacity_factor is not None
+        num_tokens = len(experts_TK) if mask_T is None else mask_T.sum()
+        capacity = slots(num_tokens * self.top_k, self.num_experts, self.capacity_factor)
+        return within_capacity(experts_TK, self.num_experts, capacity.to(experts_TK.device), asked_TK)
 
     def losses(
         self, logits_TE: Tensor, probs_TE: Tensor, expert_tokens: Tensor, mask_T: Tensor | None, info_T: Tensor | None
@@ -87,3 +94,25 @@ class Router(nn.Module):
     def get_stats(self) -> dict[str, Any]:
         """Return what this kind of router has to tell beside the load."""
         return {}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move the module, and convert its parameters alone: a moving average in bfloat16 would stand still."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return x in float32, or as it is where it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _asked(mask_T: Tensor | None, skipped_TK: Tensor | None) -> Tensor | None:
+    """Return bool that broadcasts to [T, K]: choices of real tokens that chance left; None for all."""
+    if mask_T is None:
+        return None if skipped_TK is None else ~skipped_TK
+    return mask_T[:, None] if skipped_TK is None else mask_T[:, None] & ~skipped_TK

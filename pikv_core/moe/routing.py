@@ -18,9 +18,9 @@ class Routing:
     """Which experts each token goes to; `dispatch, combine, probs, loss = routing` gives the dense form.
 
     weights: [T, K] float32, of each choice. experts: [T, K] int64. logits, probs: [T, E] float32. losses: by
-    name, unweighted. loss_weights: the factor of each. expert_tokens: [E] int64, choices of real
-    tokens per expert, dropped ones too. kept: bool [T, K], False for choices dropped over capacity, whose weight is 0;
-    None where nothing is.
+    name, unweighted. loss_weights: the factor of each. expert_tokens: [E] int64, choices of real tokens per expert,
+    those dropped over capacity too, those that chance skipped not. kept: bool [T, K], False for choices dropped or
+    skipped and for padding, whose weight is 0; None where every choice is kept.
     """
 
     weights: Tensor
@@ -66,8 +66,11 @@ class Routing:
 
 
 def count_tokens(experts: Tensor, num_experts: int, mask: Tensor | None = None) -> Tensor:
-    """Return [E] int64: the choices [T, K] that fell on each expert; mask [T] is True for real tokens."""
-    ones = torch.ones_like(experts) if mask is None else mask[:, None].expand_as(experts).to(experts.dtype)
+    """Return [E] int64: the choices [T, K] that fell on each expert; mask [T] or [T, K] is True for those to count."""
+    if mask is None:
+        ones = torch.ones_like(experts)
+    else:
+        ones = (mask if mask.dim() == 2 else mask[:, None]).expand_as(experts).to(experts.dtype)
     return experts.new_zeros(num_experts).scatter_add_(0, experts.reshape(-1), ones.reshape(-1))
 
 

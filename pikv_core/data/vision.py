@@ -10,7 +10,7 @@ Shapes: N samples, P patches, C numbers a patch, M modalities, F features.
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pikv_core.data import TASKS, extra, strata, tensor_files, text_files
+from pikv_core.data import TASKS, extra, source_options, strata, tensor_files, text_files
 from pikv_core.data.corpus import DESCRIPTION
 from pikv_core.errors import UsageError
 from pikv_core.files import write_json
@@ -51,10 +51,7 @@ class Vision:
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
 
     def __post_init__(self) -> None:
-        foreign = "missing_share" if self.source == "digits" else "patch"
-        default = {field.name: field.default for field in fields(self)}[foreign]
-        if getattr(self, foreign) != default:
-            raise UsageError(f"source '{self.source}' has no option '{foreign}'", hint=f"drop {foreign}")
+        source_options.refuse(self, ["missing_share"] if self.source == "digits" else ["patch"])
 
     def write(
         self,

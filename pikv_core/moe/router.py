@@ -111,6 +111,12 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def skip_second(weights_TK: Tensor, threshold: float) -> Tensor:
+    """Return bool [T, 2], False for first choices, and for second ones with probability min(1, weight/threshold)."""
+    draw_T = torch.rand_like(weights_TK[:, 1])
+    return torch.stack([torch.zeros_like(draw_T, dtype=torch.bool), draw_T * threshold >= weights_TK[:, 1]], dim=1)
+
+
 def _asked(mask_T: Tensor | None, skipped_TK: Tensor | None) -> Tensor | None:
     """Return bool that broadcasts to [T, K]: choices of real tokens that chance left; None for all."""
     if mask_T is None:

@@ -1,5 +1,7 @@
-"""Routers against a float64 brute force, their losses and their dense view."""
+"""The contract of every router; the base router against a float64 brute force; losses, capacity, the dense view."""
 
+import copy
+import json
 import math
 
 import numpy as np
@@ -8,7 +10,8 @@ import torch
 
 from pikv_core.errors import UsageError
 from pikv_core.moe import ROUTERS, create_moe_router
-from pikv_core.moe.routing import balance_loss, z_loss
+from pikv_core.moe.capacity import slots, within_capacity
+from pikv_core.moe.routing import balance_loss, count_tokens, z_loss
 
 E, K, D, T = 6, 2, 16, 40
 
@@ -86,19 +89,199 @@ def test_padding_alone_gives_finite_losses():
     assert routing.expert_tokens.sum() == 0
 
 
-@pytest.mark.parametrize("kind", ROUTERS.names())
-def test_every_router_meets_the_contract(kind):
+def test_counting_takes_a_mask_of_tokens_or_of_choices():
+    experts = torch.tensor([[0, 1], [1, 2], [2, 0]])
+    assert count_tokens(experts, 4).tolist() == [2, 2, 2, 0]
+    assert count_tokens(experts, 4, torch.tensor([True, False, True])).tolist() == [2, 1, 1, 0]
+    choices = torch.tensor([[True, False], [False, False], [True, True]])
+    assert count_tokens(experts, 4, choices).tolist() == [2, 0, 1, 0]
+
+
+def test_slots_are_an_even_share_rounded_up_and_at_least_one():
+    for num_choices, factor, expected in [(64, 0.5, 6), (60, 1.0, 10), (61, 1.0, 11), (1, 0.1, 1), (0, 1.0, 1)]:
+        assert slots(num_choices, E, factor) == slots(torch.tensor(num_choices), E, factor) == expected
+
+
+def test_capacity_of_each_group_equals_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    experts = torch.rand(3, 20, E, generator=generator).argsort(-1)[..., :K]
+    asked = torch.rand(3, 20, K, generator=generator) < 0.8
+    capacity = torch.tensor([1, 4, 20])
+    kept = within_capacity(experts, E, capacity, asked)
+    expected = torch.zeros_like(asked)
+    for group in range(3):
+        taken = [0] * E
+        for choice in range(K):
+            for token in range(20):
+                expert = experts[group, token, choice]
+                if asked[group, token, choice] and taken[expert] < capacity[group]:
+                    taken[expert] += 1
+                    expected[group, token, choice] = True
+    assert torch.equal(kept, expected)
+    assert torch.equal(within_capacity(experts[1], E, torch.tensor(4), asked[1]), expected[1])
+
+
+every_router = pytest.mark.parametrize("kind", ROUTERS.names())
+
+
+def used_router(kind, **options):
+    """Return a router that was trained on for two steps, so that what it learns without gradients is not at zero."""
     torch.manual_seed(0)
-    router = create_moe_router(kind, D, E, K)
+    router = create_moe_router(kind, D, E, K, **options)
+    for _ in range(2):
+        router(3 * torch.randn(T, D) + 1)
+        router.end_step()
+    return router
+
+
+def assert_equal_for_real_tokens(routing, expected, mask):
+    assert torch.equal(routing.experts[mask], expected.experts[mask])
+    torch.testing.assert_close(routing.weights[mask], expected.weights[mask])
+    torch.testing.assert_close(routing.losses, expected.losses)
+    assert torch.equal(routing.expert_tokens, expected.expert_tokens)
+
+
+@every_router
+@pytest.mark.parametrize("training", [True, False])
+def test_choices_weights_and_losses_have_their_shapes_and_ranges(kind, training):
+    torch.manual_seed(0)
+    router = create_moe_router(kind, D, E, K).train(training)
     routing = router(torch.randn(3, 5, D))
     assert routing.weights.shape == routing.experts.shape == (15, K)
-    assert routing.weights.dtype == torch.float32
+    assert routing.logits.shape == routing.probs.shape == (15, E)
+    assert routing.weights.dtype == routing.logits.dtype == torch.float32
     assert routing.experts.min() >= 0 and routing.experts.max() < E
     assert all(len(set(row)) == K for row in routing.experts.tolist())
-    assert routing.expert_tokens.sum() == 15 * K
+    assert (routing.weights >= 0).all() and (routing.weights.sum(-1) < 1 + 1e-5).all()
+    torch.testing.assert_close(routing.probs.sum(-1), torch.ones(15))
+    chosen = 15 * K if routing.kept is None else int(routing.kept.sum())
+    assert chosen <= routing.expert_tokens.sum() <= 15 * K
+    assert training or chosen == 15 * K
     assert set(routing.losses) == set(routing.loss_weights)
+    assert all(loss.shape == () for loss in routing.losses.values())
     routing.loss.backward()
     assert any(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in router.parameters())
+    json.dumps(router.get_stats())
+
+
+@every_router
+def test_evaluation_is_deterministic_causal_and_apart_by_row(kind):
+    router = used_router(kind).eval()
+    x = torch.randn(3, 12, D)
+    expected = router(x)
+    again = router(x)
+    assert torch.equal(again.weights, expected.weights) and torch.equal(again.loss, expected.loss)
+    changed = x.clone()
+    changed[:, -1] = torch.randn(3, D)
+    routing = router(changed)
+    earlier = torch.ones(3, 12, dtype=torch.bool)
+    earlier[:, -1] = False
+    earlier = earlier.flatten()
+    assert torch.equal(routing.experts[earlier], expected.experts[earlier])
+    torch.testing.assert_close(routing.weights[earlier], expected.weights[earlier])
+    row = router(x[1:2])
+    assert torch.equal(row.experts, expected.experts[12:24])
+    torch.testing.assert_close(row.weights, expected.weights[12:24])
+
+
+@every_router
+@pytest.mark.parametrize("training", [True, False])
+def test_padding_counts_in_nothing(kind, training):
+    router = used_router(kind, capacity_factor=0.7).train(training)
+    twin = copy.deepcopy(router)
+    x = torch.randn(3, 9, D)
+    mask = torch.rand(3, 9) < 0.6
+    changed = torch.where(mask[..., None], x, 50 * torch.randn(3, 9, D))
+    torch.manual_seed(1)
+    expected = router(x, mask=mask)
+    torch.manual_seed(1)
+    routing = twin(changed, mask=mask)
+    assert_equal_for_real_tokens(routing, expected, mask.flatten())
+    router.end_step()
+    twin.end_step()
+    torch.testing.assert_close(twin.state_dict(), router.state_dict(), rtol=0, atol=0)
+
+
+@every_router
+def test_padding_is_as_if_it_were_not_there(kind):
+    router = used_router(kind).eval()
+    x, mask = torch.randn(T, D), torch.rand(T) < 0.6
+    routing, expected = router(x, mask=mask), router(x[mask])
+    assert torch.equal(routing.experts[mask], expected.experts)
+    torch.testing.assert_close(routing.losses, expected.losses)
+    assert torch.equal(routing.expert_tokens, expected.expert_tokens)
+
+
+@every_router
+def test_a_saved_state_restores_the_behaviour(kind):
+    router = used_router(kind).eval()
+    torch.manual_seed(5)
+    fresh = create_moe_router(kind, D, E, K).eval()
+    x = torch.randn(T, D)
+    assert not torch.equal(fresh(x).weights, router(x).weights)
+    fresh.load_state_dict(router.state_dict())
+    assert torch.equal(fresh(x).experts, router(x).experts)
+    assert torch.equal(fresh(x).weights, router(x).weights)
+    assert torch.equal(fresh(x).loss, router(x).loss)
+
+
+@every_router
+def test_bfloat16_autocast_changes_nothing(kind):
+    router = used_router(kind)
+    x = torch.randn(T, D)
+    torch.manual_seed(1)
+    expected = copy.deepcopy(router)(x)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        routing = router(x)
+    assert routing.weights.dtype == torch.float32
+    assert torch.equal(routing.experts, expected.experts)
+    assert torch.equal(routing.weights, expected.weights)
+    assert torch.equal(routing.loss, expected.loss)
+
+
+@every_router
+def test_averages_stay_in_float32_when_the_module_is_converted(kind):
+    router = used_router(kind)
+    expected = {name: buffer.clone() for name, buffer in router.named_buffers()}
+    router.bfloat16()
+    for name, buffer in router.named_buffers():
+        assert torch.equal(buffer, expected[name]) and buffer.dtype == expected[name].dtype
+    assert all(weight.dtype == torch.bfloat16 for weight in router.parameters())
+    assert router(torch.randn(T, D, dtype=torch.bfloat16)).weights.dtype == torch.float32
+
+
+@every_router
+def test_gradients_of_weights_and_losses_equal_differences_in_float64(kind):
+    router = used_router(kind).double().eval()
+    x = torch.randn(7, D, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([True] * 5 + [False] * 2)
+
+    def outputs(x, *_):
+        routing = router(x, mask=mask)
+        return (routing.weights, *routing.losses.values())
+
+    assert outputs(x)[0].dtype == torch.float64
+    assert torch.autograd.gradcheck(outputs, (x, *router.parameters()), fast_mode=True)
+
+
+@every_router
+def test_balance_loss_is_one_where_all_experts_are_equally_probable(kind):
+    router = create_moe_router(kind, D, E, K).eval()
+    for weight in router.parameters():
+        torch.nn.init.zeros_(weight)
+    losses = router(torch.randn(4, 6, D)).losses
+    assert losses["balance"].item() == pytest.approx(1.0)
+
+
+@every_router
+@pytest.mark.parametrize("shape", [(0, D), (2, 0, D), (1, D)])
+def test_no_token_and_one_token_are_routed(kind, shape):
+    router = create_moe_router(kind, D, E, K)
+    routing = router(torch.randn(shape))
+    assert routing.weights.shape == (math.prod(shape[:-1]), K)
+    assert torch.isfinite(routing.loss)
+    router.end_step()
 
 
 def test_an_unknown_kind_is_refused_with_the_allowed_ones():
@@ -112,7 +295,7 @@ def test_more_choices_than_experts_are_refused():
         create_moe_router("base", D, E, 9)
 
 
-@pytest.mark.parametrize("kind", ROUTERS.names())
+@every_router
 def test_capacity_is_of_training_alone_and_never_exceeded(kind):
     router = create_moe_router(kind, D, E, K, capacity_factor=0.5)
     x, mask = torch.randn(T, D), torch.rand(T) < 0.8

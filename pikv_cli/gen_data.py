@@ -13,7 +13,9 @@ from pikv_cli import options, output
 @options.verb
 def gen_data(
     shared: options.Shared,
-    task: Annotated[str | None, typer.Argument(help="attention, recall, requests, ruler or text.")] = None,
+    task: Annotated[
+        str | None, typer.Argument(help="attention, recall, requests, ruler, series, text or vision.")
+    ] = None,
     text: options.TextPaths = (),  # type: ignore[assignment]
     column: Annotated[
         str | None, typer.Option(metavar="NAME", help="The text column of jsonl and parquet files.")

@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pikv_core.data import TASKS, real_series, source_options, tensor_files, text_files
+from pikv_core.data import TASKS, real_series, source_options, strata, tensor_files, text_files
 from pikv_core.data.corpus import DESCRIPTION
 from pikv_core.data.naive import errors, naive, seasonal_naive
 from pikv_core.data.real_series import Record
@@ -97,14 +97,14 @@ class Series:
     def split(self, num_windows: int, num_samples: int, rng: np.random.Generator) -> dict[str, NDArray[np.intp]]:
         """Draw the first steps of the windows of each split, sorted; the last test_share of all are for the test."""
         num_drawn = min(num_samples, num_windows)
-        num_test = max(1, round(self.test_share * num_drawn))
-        if num_test >= num_drawn:
+        if num_drawn < 2:
             raise UsageError(
                 f"two splits need 2 windows or more: the source '{self.source}' has {num_windows} with a context of "
                 f"{self.context_length} and {self.num_steps} steps ahead, and {num_samples} are asked for",
                 hint="give a larger --num-samples, or smaller context_length and horizons",
             )
-        num_last = max(1, round(self.test_share * num_windows))
+        num_test = strata.num_held_out(self.test_share, num_drawn)
+        num_last = strata.num_held_out(self.test_share, num_windows)
         first_test = num_windows - num_last + self.num_steps - 1
         return {
             "train": np.sort(rng.choice(num_windows - num_last, num_drawn - num_test, replace=False)),

@@ -1,4 +1,4 @@
-"""Splits that hold every class in its share."""
+"""The size of a test split, and splits that hold every class in its share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Indices = NDArray[np.intp]
+
+
+def num_held_out(share: float, num_samples: int) -> int:
+    """Return the samples of the test split: one at least, and one at least is left to train on; of 2 or more."""
+    return min(max(1, round(share * num_samples)), num_samples - 1)
 
 
 def split(

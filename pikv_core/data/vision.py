@@ -67,9 +67,9 @@ class Vision:
         found = read(self.source)
         values, labels = found.values, found.labels
         kept = min(num_samples, len(labels))
-        num_test = max(1, round(self.test_share * kept))
-        if num_test >= kept:
-            raise UsageError(f"num_samples: too few for two splits, with {num_test} for the test: got {num_samples}")
+        if kept < 2:
+            raise UsageError(f"num_samples: a training and a test split need 2 samples or more, got {kept}")
+        num_test = strata.num_held_out(self.test_share, kept)
         split = strata.split(labels, kept, num_test, np.random.default_rng([seed, 0]))
         if self.source == "digits":
             tensors: Tensors = {"patches": patches(values, self.patch)}

@@ -152,6 +152,8 @@ def test_too_little_is_told(tmp_path):
         write(tmp_path, 1)
     train, test, _ = write(tmp_path, 2)
     assert (len(train["start"]), len(test["start"])) == (1, 1)
+    train, test, _ = write(tmp_path, 5, test_share=0.95)
+    assert (len(train["start"]), len(test["start"])) == (1, 4)
 
 
 def test_options_of_the_synthetic_series_are_refused_elsewhere():

@@ -147,8 +147,13 @@ def test_two_samples_are_enough_and_one_is_not(tmp_path):
     train, test, _ = write(tmp_path / "two", 2, source="modalities")
     assert np.isfinite(train["modalities"]).all()
     assert np.isfinite(test["modalities"]).all()
-    with pytest.raises(UsageError, match=r"num_samples: too few .* got 1"):
+    with pytest.raises(UsageError, match=r"num_samples: .* need 2 samples or more, got 1"):
         write(tmp_path / "one", 1)
+
+
+def test_a_share_leaves_both_splits_a_sample():
+    assert [strata.num_held_out(0.2, number) for number in (2, 7, 10, 1797)] == [1, 1, 2, 359]
+    assert [strata.num_held_out(0.95, number) for number in (2, 5, 100)] == [1, 4, 95]
 
 
 @pytest.mark.parametrize(

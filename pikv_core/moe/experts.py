@@ -27,10 +27,7 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, hidden_size: int, expert_size: int, backend: str = "auto"):
         super().__init__()
-        if backend not in (*BACKENDS, "auto"):
-            raise UsageError(
-                f"unknown expert backend '{backend}'", hint=f"backend is one of: auto, {', '.join(BACKENDS)}"
-            )
+        check_backend(backend)
         self.num_experts = num_experts
         self.backend = backend
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
@@ -40,13 +37,12 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Return Σ_k weights[t, k]·expert[experts[t, k]](x[t]) for x [T, D]."""
-        dtype, backend = _compute_dtype(x), self.chosen_backend(x.device)
+        dtype, backend = compute_dtype(x), self.chosen_backend(x.device)
         x_TD, gate_up, down = x.to(dtype), self.gate_up_proj.to(dtype), self.down_proj.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             if backend == "reference":
-                return _reference(x_TD, weights, experts, gate_up, down).to(x.dtype)
-            grain = GRAIN if backend == "loop" and experts.numel() >= GRAIN * self.num_experts else 1
-            choices_P, places_N, rows_E = _sort(experts.reshape(-1), self.num_experts, grain)
+                return dense_sum(x_TD, weights, experts, gate_up, down).to(x.dtype)
+            choices_P, places_N, rows_E = sort_by_expert(experts, self.num_experts, backend)
             sorted_PD = x_TD.index_select(0, choices_P // experts.shape[1])
             if backend == "loop":
                 out_PD = _loop(sorted_PD, rows_E.tolist(), gate_up, down)
@@ -57,45 +53,52 @@ class Experts(nn.Module):
 
     def chosen_backend(self, device: torch.device) -> str:
         """Return the backend that runs on a device."""
-        if self.backend != "auto":
-            return self.backend
-        return "grouped_mm" if device.type == "cuda" else "loop"
+        return choose_backend(self.backend, device)
+
+    def get_stats(self) -> dict[str, int]:
+        """Return the bytes of the weights."""
+        return {"expert_bytes": self.gate_up_proj.nbytes + self.down_proj.nbytes}
 
 
-def _loop(x_PD: Tensor, num_rows: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
-    # unbind's backward stacks the experts' gradients once; indexing would add E gradients of full size.
-    parts = zip(x_PD.split(num_rows), gate_up.unbind(0), down.unbind(0), strict=True)
-    return torch.cat([F.linear(_swiglu(F.linear(x, first)), second) for x, first, second in parts])
+def check_backend(backend: str) -> None:
+    """Raise UsageError for a backend that does not exist."""
+    if backend not in (*BACKENDS, "auto"):
+        raise UsageError(f"unknown expert backend '{backend}'", hint=f"backend is one of: auto, {', '.join(BACKENDS)}")
 
 
-def _grouped(x_PD: Tensor, ends_E: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
-    hidden = _swiglu(grouped_mm(x_PD, gate_up.transpose(1, 2), offs=ends_E))
-    return grouped_mm(hidden, down.transpose(1, 2), offs=ends_E)
+def choose_backend(backend: str, device: torch.device) -> str:
+    """Return `backend`, or for "auto" the one for this device."""
+    if backend != "auto":
+        return backend
+    return "grouped_mm" if device.type == "cuda" else "loop"
 
 
-def _reference(x_TD: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    hidden_ETF = _swiglu(torch.einsum("td,efd->etf", x_TD, gate_up))
-    out_ETD = torch.einsum("etf,edf->etd", hidden_ETF, down)
-    dense_TE = weights.new_zeros(len(x_TD), len(down)).scatter_add(1, experts, weights)
-    return torch.einsum("etd,te->td", out_ETD.to(weights.dtype), dense_TE)
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the type that experts compute in: that of autocast where it is on, else that of x."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
-def _swiglu(gate_and_up: Tensor) -> Tensor:
+def swiglu(gate_and_up: Tensor) -> Tensor:
+    """Return silu(gate)·up [..., F] of the two halves of [..., 2·F]."""
     gate, up = gate_and_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def _sort(experts_N: Tensor, num_experts: int, grain: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the choice in each sorted row [P], the row of each choice [N], and the rows of each expert [E].
+def sort_by_expert(experts_TK: Tensor, num_experts: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the choice t·K + k in each sorted row [P], the row of each choice [N], the rows of each expert [E].
 
-    An expert's rows are a multiple of `grain`; what fills them up repeats choice 0 and is read by none.
+    For the loop, with tokens enough, an expert's rows are a multiple of GRAIN; what fills them up repeats
+    choice 0 and is read by none.
     """
+    experts_N = experts_TK.reshape(-1)
+    num_choices = len(experts_N)
+    grain = GRAIN if backend == "loop" and num_choices >= GRAIN * num_experts else 1
     order_N = experts_N.argsort(stable=True)
     counts_E = torch.bincount(experts_N, minlength=num_experts)
     rows_E = (counts_E + grain - 1) // grain * grain
     filled_before_E = (rows_E - counts_E).cumsum(0) - (rows_E - counts_E)
-    num_choices = len(experts_N)
     rows_N = torch.arange(num_choices, device=experts_N.device) + filled_before_E[experts_N[order_N]]
     choices_P = order_N.new_zeros(num_choices if grain == 1 else int(rows_E.sum()))
     choices_P[rows_N] = order_N
@@ -104,7 +107,26 @@ def _sort(experts_N: Tensor, num_experts: int, grain: int) -> tuple[Tensor, Tens
     return choices_P, places_N, rows_E
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+def grouped_linear(x_PI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Return each expert's product [P, O] with its own rows, which end before ends_E, in one kernel."""
+    grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
+    return grouped_mm(x_PI, weight_EOI.transpose(1, 2), offs=ends_E)
+
+
+def dense_sum(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Return the weighted sum over experts from every expert's output of every token: the definition."""
+    hidden_ETF = swiglu(torch.einsum("td,efd->etf", x_TD, gate_up))
+    out_ETD = torch.einsum("etf,edf->etd", hidden_ETF, down)
+    dense_TE = weights_TK.new_zeros(len(x_TD), len(down)).scatter_add(1, experts_TK, weights_TK)
+    dtype = torch.promote_types(out_ETD.dtype, dense_TE.dtype)
+    return torch.einsum("etd,te->td", out_ETD.to(dtype), dense_TE.to(dtype))
+
+
+def _loop(x_PD: Tensor, num_rows: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
+    # unbind's backward stacks the experts' gradients once; indexing would add E gradients of full size.
+    parts = zip(x_PD.split(num_rows), gate_up.unbind(0), down.unbind(0), strict=True)
+    return torch.cat([F.linear(swiglu(F.linear(x, first)), second) for x, first, second in parts])
+
+
+def _grouped(x_PD: Tensor, ends_E: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return grouped_linear(swiglu(grouped_linear(x_PD, gate_up, ends_E)), down, ends_E)

@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: a router and its experts, with a count of the load."""
+"""The mixture-of-experts layer: a router, its experts and perhaps a shared one, with a count of the load."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from pikv_core.moe.experts import Experts
+from pikv_core.moe.lora import LoRAExperts
 from pikv_core.moe.routing import Routing
+from pikv_core.moe.shared import SharedExpert
 
 
 class MoE(nn.Module):
-    """Send tokens to experts and add up what these return."""
+    """Send tokens to experts and add up what these return, with what the shared expert returns of every token."""
 
-    def __init__(self, gate: Any, experts: Experts):
+    def __init__(self, gate: Any, experts: Experts | LoRAExperts, shared_expert: SharedExpert | None = None):
         super().__init__()
         self.gate = gate
         self.experts = experts
+        self.shared_expert = shared_expert
         self._expert_tokens: Tensor | None = None
+        self._shared_tokens: Tensor | int = 0
         self._dropped: Tensor | None = None
 
     def forward(self, x: Tensor, mask: Tensor | None = None, **info: Tensor) -> tuple[Tensor, Routing]:
@@ -32,26 +36,35 @@ class MoE(nn.Module):
         if routing.kept is not None:
             dropped = counts.sum() - routing.kept.sum()
             self._dropped = dropped if self._dropped is None else self._dropped + dropped
-        y = self.experts(x.reshape(-1, x.shape[-1]), routing.weights, routing.experts)
-        return y.view_as(x), routing
+        y = self.experts(x.reshape(-1, x.shape[-1]), routing.weights, routing.experts).view_as(x)
+        if self.shared_expert is not None:
+            y = y + self.shared_expert(x)
+            self._shared_tokens = self._shared_tokens + (len(routing.experts) if mask is None else mask.sum())
+        return y, routing
 
     def reset_stats(self) -> None:
         """Forget the load counted so far."""
         self._expert_tokens = self._dropped = None
+        self._shared_tokens = 0
 
     def get_stats(self) -> dict[str, Any]:
-        """Return the load since the last reset, dropped choices, and what the router tells of itself.
+        """Return the load since the last reset, dropped choices, and what the router and the experts have to tell.
 
-        The load is that of the choices, dropped ones too: per expert, max/mean, coefficient of variation.
+        The load is that of the choices, dropped ones too: per expert, max/mean, coefficient of variation. Tokens
+        of the shared expert are counted apart.
         """
         counts = self._expert_tokens
         tokens = [0] * self.experts.num_experts if counts is None else counts.tolist()
         load = torch.tensor(tokens, dtype=torch.float64)
         mean = float(load.mean())
-        return {
+        stats = {
             "expert_tokens": tokens,
             "load_max_over_mean": float(load.max()) / mean if mean else 0.0,
             "load_cv": float(load.std(correction=0)) / mean if mean else 0.0,
             "dropped_tokens": 0 if self._dropped is None else int(self._dropped),
+            **self.experts.get_stats(),
             **self.gate.get_stats(),
         }
+        if self.shared_expert is not None:
+            stats |= {"shared_expert_tokens": int(self._shared_tokens), **self.shared_expert.get_stats()}
+        return stats

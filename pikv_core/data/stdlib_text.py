@@ -14,16 +14,48 @@ from pikv_core.errors import PiKVError
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "turtledemo"}
 MIN_CHARACTERS = 40
 
+Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
 
 def read() -> list[str]:
     """Return the documents in a fixed order: about 2 million characters in a few seconds."""
-    library = Path(sysconfig.get_paths()["stdlib"])
+    library = _library()
     documents = [*_topics(library / "pydoc_data" / "topics.py")]
-    for file in _sources(library):
-        documents += _docstrings(file)
+    documents += [text for _, tree in trees() for node in definitions(tree) if (text := docstring(node))]
     if not documents:
         raise PiKVError(f"{library}: no text found in the standard library", hint="give text of yours with --text")
     return documents
+
+
+def trees() -> Iterator[tuple[str, ast.Module]]:
+    """Yield the dotted name and the tree of each source that may hold docstrings, in a fixed order."""
+    library = _library()
+    for file in _sources(library):
+        if b'"""' in file.read_bytes() and (tree := _parse(file)):
+            yield ".".join(file.relative_to(library).with_suffix("").parts), tree
+
+
+def definitions(tree: ast.Module) -> Iterator[Definition]:
+    """Yield a module, its classes and functions, and theirs, in the order of the source."""
+    pending: list[Definition] = [tree]
+    while pending:
+        node = pending.pop()
+        yield node
+        pending += [
+            child
+            for child in reversed(node.body)
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        ]
+
+
+def docstring(node: Definition) -> str | None:
+    """Return the docstring without its indentation; None where there is none, or next to nothing in it."""
+    text = ast.get_docstring(node, clean=False)
+    return cleaned if text and len(cleaned := inspect.cleandoc(text)) >= MIN_CHARACTERS else None
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
 
 
 def _sources(folder: Path) -> Iterator[Path]:
@@ -50,19 +82,3 @@ def _topics(file: Path) -> Iterator[str]:
     for statement in tree.body if tree else []:
         if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(statement.value, ast.Dict):
             yield from ast.literal_eval(statement.value).values()
-
-
-def _docstrings(file: Path) -> Iterator[str]:
-    if b'"""' not in file.read_bytes():
-        return
-    pending: list[ast.AST] = [tree] if (tree := _parse(file)) else []
-    while pending:
-        node = pending.pop()
-        text = ast.get_docstring(node, clean=False)  # type: ignore[arg-type]
-        if text and len(cleaned := inspect.cleandoc(text)) >= MIN_CHARACTERS:
-            yield cleaned
-        pending += [
-            child
-            for child in reversed(node.body)  # type: ignore[attr-defined]
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-        ]

@@ -63,7 +63,7 @@ class Classification:
         kept = [(one, label) for one, label in unambiguous(found) if label in classes]
         if not text and self.hide_names:
             hide = hider(classes)
-            kept = unambiguous((hide(one), label) for one, label in kept)
+            kept = list(unambiguous((hide(one), label) for one, label in kept))
         texts = [one for one, _ in kept]
         labels = np.array([classes.index(label) for _, label in kept])
         split = self.split(labels, num_samples, seed)

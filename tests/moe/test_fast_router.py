@@ -122,6 +122,26 @@ def test_chance_of_choice_equals_redrawing_the_noise():
         assert chances[expert].item() == pytest.approx(share, abs=0.013)
 
 
+def test_the_load_of_noisy_training_equals_a_float64_loop():
+    router = router_of("noisy")
+    with torch.no_grad():
+        router.noise_weight.normal_()
+    x, mask = torch.randn(T, D), torch.rand(T) < 0.7
+    torch.manual_seed(1)
+    routing = router(x, mask)
+    torch.manual_seed(1)
+    draws = torch.randn(T, E).numpy().astype(np.float64)
+    rows = x.numpy().astype(np.float64)
+    clean = rows @ router.weight.detach().numpy().astype(np.float64).T
+    std = np.log1p(np.exp(rows @ router.noise_weight.detach().numpy().astype(np.float64).T)) + 0.01
+    noisy, load = clean + std * draws, np.zeros(E)
+    for token in np.flatnonzero(mask.numpy()):
+        for expert in range(E):
+            second = np.sort(np.delete(noisy[token], expert))[-2]  # to be among the best two, it beats this one
+            load[expert] += 0.5 * (1 + math.erf((clean[token, expert] - second) / std[token, expert] / math.sqrt(2)))
+    assert routing.losses["load"].item() == pytest.approx(load.var() / load.mean() ** 2, rel=1e-4)
+
+
 def test_gradients_of_the_training_losses_equal_differences_in_float64():
     for gate in TOP_K:
         router = router_of(gate).double()

@@ -23,7 +23,7 @@ class MixtureRouter(Router):
     """Send each token to its two best experts, to the second by chance, with slots for each sequence.
 
     In training the second expert is kept with probability min(1, weight/second_threshold), and an expert takes
-    max(min(S, S·capacity_factor/E), 4) choices of a sequence. In evaluation both are used and nothing is dropped; the
+    max(S·capacity_factor/E, 4) choices of a sequence. In evaluation both are used and nothing is dropped; the
     original draws and drops there too. Losses: balance, 1 where the load is balanced, and z, off by default.
     """
 
@@ -58,8 +58,8 @@ class MixtureRouter(Router):
         """Keep what fits the slots of its sequence; info_T: the mask [B, S]."""
         assert info_T is not None and asked_TK is not None and self.capacity_factor is not None
         num_tokens_B = info_T.sum(-1).double()
-        capacity_B = (num_tokens_B * self.capacity_factor / self.num_experts).floor()
-        capacity_B = capacity_B.minimum(num_tokens_B).clamp(min=MIN_CAPACITY)
+        # The original's bound of S slots is left out: a token takes at most one slot of an expert.
+        capacity_B = (num_tokens_B * self.capacity_factor / self.num_experts).floor().clamp(min=MIN_CAPACITY)
         experts_BSK, asked_BSK = (choices.unflatten(0, info_T.shape) for choices in (experts_TK, asked_TK))
         return within_capacity(experts_BSK, self.num_experts, capacity_B, asked_BSK).flatten(0, 1)
 

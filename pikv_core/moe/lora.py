@@ -1,7 +1,8 @@
 """Experts that differ by low-rank weights: one shared SwiGLU block, and LoRA (2106.09685) on it for each expert.
 
 The products with the shared weights are taken once a token, not once a choice: the first before tokens are sorted,
-the second, being linear, after the choices of a token are summed.
+the second, being linear, after the choices of a token are summed. What this saves is bytes: on CPU the additions in
+between, bound by memory, make it 1.3 times as slow as plain experts in float32, 1.5 times in bfloat16.
 Letters: T tokens, K choices of each, P the rows sorted by expert, E experts, D hidden, F expert width, R rank.
 """
 
@@ -69,13 +70,14 @@ class LoRAExperts(nn.Module):
                 return dense_sum(x_TD, weights, experts, gate_up.to(dtype), down.to(dtype)).to(x.dtype)
             choices_P, places_N, rows_E = sort_by_expert(experts, self.num_experts, backend)
             tokens_P = choices_P // experts.shape[1]
-            shared_TF = F.linear(x_TD, self.gate_up_proj.to(dtype))
-            own_PF = self._low_rank(x_TD.index_select(0, tokens_P), self.gate_up_A, self.gate_up_B, rows_E, backend)
-            hidden_PF = swiglu(shared_TF.index_select(0, tokens_P) + own_PF)
-            own_PD = self._low_rank(hidden_PF, self.down_A, self.down_B, rows_E, backend)
-            hidden_TF = _sum_choices(hidden_PF, places_N, weights)
-            shared_TD = F.linear(hidden_TF.to(dtype), self.down_proj.to(dtype))
-            return (shared_TD + _sum_choices(own_PD, places_N, weights)).to(x.dtype)
+            shared_PF = F.linear(x_TD, self.gate_up_proj.to(dtype)).index_select(0, tokens_P)
+            sorted_PD = x_TD.index_select(0, tokens_P)
+            hidden_PF = swiglu(shared_PF + self._low_rank(sorted_PD, self.gate_up_A, self.gate_up_B, rows_E))
+            # What follows is linear, so the choice's weight may come before it.
+            hidden_PF = hidden_PF * weights.to(dtype).reshape(-1)[choices_P, None]
+            own_PD = self._low_rank(hidden_PF, self.down_A, self.down_B, rows_E)
+            shared_TD = F.linear(_sum_choices(hidden_PF, places_N, experts.shape), self.down_proj.to(dtype))
+            return (shared_TD + _sum_choices(own_PD, places_N, experts.shape)).to(x.dtype)
 
     def chosen_backend(self, device: torch.device) -> str:
         """Return the backend that runs on a device."""
@@ -103,19 +105,18 @@ class LoRAExperts(nn.Module):
         gate_up_EFD = self.gate_up_proj + self.scaling * self.gate_up_B @ self.gate_up_A
         return gate_up_EFD, self.down_proj + self.scaling * self.down_B @ self.down_A
 
-    def _low_rank(self, x_PI: Tensor, A_ERI: Tensor, B_EOR: Tensor, rows_E: Tensor, backend: str) -> Tensor:
+    def _low_rank(self, x_PI: Tensor, A_ERI: Tensor, B_EOR: Tensor, rows_E: Tensor) -> Tensor:
         """Return (alpha/rank)·B_e·A_e·x [P, O] for rows sorted by expert."""
         A_ERI, B_EOR = A_ERI.to(x_PI.dtype), self.scaling * B_EOR.to(x_PI.dtype)
-        if backend == "loop":
+        if self.chosen_backend(x_PI.device) == "loop":
             parts = zip(x_PI.split(rows_E.tolist()), A_ERI.unbind(0), B_EOR.unbind(0), strict=True)
-            return torch.cat([F.linear(F.linear(x, down), up) for x, down, up in parts])
+            return torch.cat([F.linear(F.linear(x, A), B) for x, A, B in parts])
         missing = -A_ERI.shape[1] % RANK_GRAIN
         ends_E = rows_E.cumsum(0).to(torch.int32)
         low_PR = grouped_linear(x_PI, F.pad(A_ERI, (0, 0, 0, missing)), ends_E)
         return grouped_linear(low_PR, F.pad(B_EOR, (0, missing)), ends_E)
 
 
-def _sum_choices(rows_PI: Tensor, places_N: Tensor, weights_TK: Tensor) -> Tensor:
-    """Return [T, I]: a token's rows, weighted and summed over its choices."""
-    rows_TKI = rows_PI.index_select(0, places_N).view(*weights_TK.shape, rows_PI.shape[-1])
-    return (rows_TKI * weights_TK[..., None]).sum(1)
+def _sum_choices(rows_PI: Tensor, places_N: Tensor, shape_TK: torch.Size) -> Tensor:
+    """Return [T, I]: the sum of each token's rows."""
+    return rows_PI.index_select(0, places_N).view(*shape_TK, rows_PI.shape[-1]).sum(1)

@@ -31,13 +31,13 @@ def outputs_and_gradients(experts, x, weights, chosen):
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
     y = experts(x, weights, chosen)
     (y * torch.linspace(-1, 1, D, dtype=y.dtype)).sum().backward()
-    return [y, x.grad, weights.grad, *(weight.grad for weight in experts.parameters())]
+    return [y.detach(), x.grad, weights.grad, *(weight.grad for weight in experts.parameters())]
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, 65, 401])
 @pytest.mark.parametrize(
     ("backend", "dtype", "tolerance"),
-    [("loop", torch.float64, 1e-12), ("loop", torch.float32, 1e-4), ("grouped_mm", torch.float32, 1e-4)],
+    [("loop", torch.float64, 1e-12), ("loop", torch.float32, 1e-5), ("grouped_mm", torch.float32, 1e-5)],
 )
 def test_backends_equal_the_reference_with_gradients(backend, dtype, tolerance, num_tokens):
     expected = outputs_and_gradients(trained("reference", dtype), *routed(num_tokens, dtype))
@@ -48,7 +48,8 @@ def test_backends_equal_the_reference_with_gradients(backend, dtype, tolerance, 
             raise
         pytest.skip("this torch has no grouped_mm on this processor")
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+        scale = b.abs().max().item() if b.numel() else 0.0  # gradients are sums over tokens, not small
+        torch.testing.assert_close(a, b, atol=tolerance * max(1.0, scale), rtol=0)
 
 
 def test_the_output_equals_a_float64_brute_force():

@@ -14,7 +14,8 @@ from pikv_cli import options, output
 def gen_data(
     shared: options.Shared,
     task: Annotated[
-        str | None, typer.Argument(help="attention, recall, requests, ruler, series, text or vision.")
+        str | None,
+        typer.Argument(help="attention, classification, qa, recall, requests, ruler, series, text or vision."),
     ] = None,
     text: options.TextPaths = (),  # type: ignore[assignment]
     column: Annotated[

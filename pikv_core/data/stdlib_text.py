@@ -27,9 +27,12 @@ def read() -> list[str]:
     return documents
 
 
-def trees() -> Iterator[tuple[str, ast.Module]]:
-    """Yield the dotted name and the tree of each source that may hold docstrings, in a fixed order."""
-    library = _library()
+def trees(folder: Path | None = None) -> Iterator[tuple[str, ast.Module]]:
+    """Yield the dotted name and the tree of each source that may hold docstrings, in a fixed order.
+
+    folder: of the sources; the standard library's unless given.
+    """
+    library = folder or _library()
     for file in _sources(library):
         if b'"""' in file.read_bytes() and (tree := _parse(file)):
             yield ".".join(file.relative_to(library).with_suffix("").parts), tree

@@ -40,8 +40,13 @@ def test_docstrings_are_read_in_order_without_an_import(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text('"""not Python""" (\n')
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "t.py").write_text(f'"""T. {long}"""\n')
-    found = [text for file in stdlib_text._sources(tmp_path) for text in stdlib_text._docstrings(file)]
-    assert [text.split(".")[0] for text in found] == ["A", "Module", "F", "G", "M"]
+    found = [
+        (module, text.split(".")[0])
+        for module, tree in stdlib_text.trees(tmp_path)
+        for node in stdlib_text.definitions(tree)
+        if (text := stdlib_text.docstring(node))
+    ]
+    assert found == [("a", "A"), ("b", "Module"), ("b", "F"), ("b", "G"), ("b", "M")]
 
 
 def write_all(folder: Path) -> None:

@@ -18,6 +18,9 @@ class Gates(Protocol):
     def loss(self, outputs: Any) -> Tensor | float:
         """Return the weighted loss of the routers for the forward pass that gave `outputs`."""
 
+    def end_step(self) -> None:
+        """Let routers update what they learn without gradients, after an optimizer step."""
+
     def reset_load(self) -> None:
         """Forget the load counted so far."""
 
@@ -30,6 +33,9 @@ class NoGates:
 
     def loss(self, outputs: Any) -> float:
         return 0.0
+
+    def end_step(self) -> None:
+        pass
 
     def reset_load(self) -> None:
         pass
@@ -46,6 +52,10 @@ class OwnGates:
 
     def loss(self, outputs: Any) -> Tensor:
         return outputs.aux_loss
+
+    def end_step(self) -> None:
+        for layer in self._layers:
+            layer.gate.end_step()
 
     def reset_load(self) -> None:
         for layer in self._layers:
@@ -82,6 +92,9 @@ class WatchedGates:
                 self._recipe.balance_loss * balance_loss(probs_TE, counts) + self._recipe.z_loss * z_loss(logits_TE)
             )
         return torch.stack(losses).mean()
+
+    def end_step(self) -> None:
+        pass
 
     def reset_load(self) -> None:
         zero = torch.zeros(self._recipe.num_experts, dtype=torch.int64)

@@ -76,6 +76,7 @@ class Loop:
         if not math.isfinite(value):
             raise PiKVError(f"the loss is {value} at step {step}", hint="lower train.lr or train.clip_norm")
         self.optimizers.step(lr)
+        self.gates.end_step()
         accuracy = int(scores.num_correct) / scores.num_answers if scores.num_answers else None
         stage = self.curriculum.observe(step, accuracy)
         if stage is not None:

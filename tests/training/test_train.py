@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pikv_core.errors import PiKVError, RecipeError
 from pikv_core.jobs import train
+from pikv_core.moe.routers import ROUTERS
 from pikv_core.recipes import load
 from pikv_core.runs import Reporter, Run
 
@@ -89,6 +90,20 @@ def test_a_run_interrupted_and_resumed_equals_one_that_was_not(tmp_path, arch, s
     torch.manual_seed(99)
     train_to(tmp_path / "cut", f"model.arch={arch}", resume=True)
     assert_same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("router", ROUTERS.names())
+def test_every_router_trains_resumes_and_is_saved(tmp_path, router):
+    overrides = ["model.arch=pikv", f"model.router={router}", "train.max_steps=12"]
+    train_to(tmp_path / "whole", *overrides)
+    with pytest.raises(PiKVError, match="interrupted at step 6"):
+        train_to(tmp_path / "cut", *overrides, reporter=InterruptedAt(6))
+    torch.manual_seed(99)
+    train_to(tmp_path / "cut", *overrides, resume=True)
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    layers = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model").model.layers
+    assert all(layer.mlp.gate.name == router for layer in layers)
+    assert router != "balanced" or all(layer.mlp.gate.bias.any() for layer in layers)
 
 
 def test_a_run_on_text_resumes_with_the_same_tokenizer(tmp_path):

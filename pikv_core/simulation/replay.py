@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ RESIDENT, EVICTED, EVICTED_UNUSED, EXPIRED = range(4)  # a replay's counters
 UNUSED, USED = 1, 2  # whether a resident block has been hit since it entered
 
 _loops: dict[tuple[Any, ...], Callable[..., None]] = {}
+_making = Lock()  # threads that replay one policy at several capacities share its loop, compiled once
 
 
 @dataclass(frozen=True)
@@ -133,10 +135,11 @@ def _loop(policy: RequestPolicy, semantics: Semantics, backend: Backend) -> Call
     if backend == "python":
         return make(policy.functions())
     key = (*policy.parts(), semantics)
-    if key not in _loops:
-        name = "_".join([semantics, *(part.name for part in policy.parts())])
-        _loops[key] = compiled(make(policy.functions()), f"replay_{name}", *policy.parts())
-    return _loops[key]
+    with _making:
+        if key not in _loops:
+            name = "_".join([semantics, *(part.name for part in policy.parts())])
+            _loops[key] = compiled(make(policy.functions()), f"replay_{name}", *policy.parts())
+        return _loops[key]
 
 
 def _prefix_loop(functions: Functions) -> Callable[..., None]:

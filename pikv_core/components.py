@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, create_model
 from pydantic_core import PydanticCustomError, core_schema
 
 from pikv_core.errors import UsageError, closest
@@ -92,7 +93,8 @@ def find_registry(path: str) -> Registry:
 
 def check_options(member: Any, options: Mapping[str, Any], kind: str) -> None:
     """Validate options against a member's typed fields, or raise pydantic's error."""
-    allowed = [field.name for field in dataclasses.fields(member)]
+    types = option_types(member)
+    allowed = list(types)
     unknown = [name for name in options if name not in allowed]
     if unknown:
         raise PydanticCustomError(
@@ -106,9 +108,32 @@ def check_options(member: Any, options: Mapping[str, Any], kind: str) -> None:
             },
         )
     try:
-        TypeAdapter(member).validate_python(dict(options))
+        if dataclasses.is_dataclass(member):
+            TypeAdapter(member).validate_python(dict(options))
+        else:
+            fields: Any = {name: (kind, None) for name, kind in types.items()}
+            schema = create_model(member.name, **fields)
+            schema.model_validate(dict(options), strict=True)
     except UsageError as error:
-        raise _as_pydantic(error) from None
+        raise as_pydantic(error) from None
+
+
+def option_types(member: Any) -> dict[str, Any]:
+    """Return the options of a member and their types: a dataclass's fields, or what __init__ takes.
+
+    Of arguments, those that `member.sizes` names are no options, and those handed on to its bases are.
+    """
+    if dataclasses.is_dataclass(member):
+        return {field.name: field.type for field in dataclasses.fields(member)}
+    types: dict[str, Any] = {}
+    for base in member.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        given = inspect.signature(vars(base)["__init__"], eval_str=True).parameters.values()
+        types = {one.name: one.annotation for one in given if one.kind is not one.VAR_KEYWORD} | types
+        if all(one.kind is not one.VAR_KEYWORD for one in given):
+            break
+    return {name: kind for name, kind in types.items() if name not in ("self", *member.sizes)}
 
 
 def build(registry: Registry, component: Component) -> Any:
@@ -121,9 +146,9 @@ def component_check(registry: Registry, name: str) -> None:
     try:
         registry.check(name)
     except UsageError as error:
-        raise _as_pydantic(error) from None
+        raise as_pydantic(error) from None
 
 
-def _as_pydantic(error: UsageError) -> PydanticCustomError:
+def as_pydantic(error: UsageError) -> PydanticCustomError:
     """Return the error as pydantic's, which is told with its place in the recipe."""
     return PydanticCustomError("component", "{text}", {"text": f"{error.message}; {error.hint}"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,43 @@ class Telemetry:
 
     def scalar(self, tag: str, value: float, step: int = 0) -> None:
         """Log one value; tags carry their unit ("bytes/resident", "ms/token")."""
-        from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._add(Summary(value=[Summary.Value(tag=tag, simple_value=float(value))]), step)
+
+    def _add(self, summary: Any, step: int = 0) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
 
         if self._events is None:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
             self._events = EventFileWriter(str(self.folder / "tb"))
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=float(value))])
         self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Append a line to metrics.jsonl and log the same values to TensorBoard."""
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl and log its numbers to TensorBoard."""
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, **values}) + "\n")
         for tag, value in values.items():
-            self.scalar(tag, value, step)
+            if isinstance(value, int | float):
+                self.scalar(tag, value, step)
+
+    def image(self, tag: str, png: bytes, width: int, height: int, step: int = 0) -> None:
+        """Log a picture."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        picture = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=4)
+        self._add(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
+
+    def hyperparameters(self, settings: Mapping[str, str | float | bool], metrics: Mapping[str, float]) -> None:
+        """Log the settings of a run beside its final metrics, for TensorBoard's table of runs."""
+        from tensorboard.plugins.hparams import summary_v2
+
+        names, told = map(summary_v2.HParam, settings), map(summary_v2.Metric, metrics)
+        self._add(summary_v2.hparams_config_pb(list(names), list(told)))
+        self._add(summary_v2.hparams_pb(dict(settings)))
+        for tag, value in metrics.items():
+            self.scalar(tag, value)
 
     def close(self) -> None:
         if self._events is not None:

@@ -28,7 +28,7 @@ MAY = {
     "moe": set(),
     "cache": {"compression", "scheduling", "pikv_kernels"},
     "model": {"moe", "cache"},
-    "training": {"model", "moe", "cache", "data"},
+    "training": {"model", "moe", "cache", "data", "evaluation", "scheduling"},
     "evaluation": {"model", "cache", "data", "compression", "scheduling"},
     "classic": {"model", "cache", "compression", "scheduling"},
     "jobs": {*ROOMS} - {"jobs", "classic"},

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import PositiveInt
@@ -123,6 +123,8 @@ class Recall:
 @dataclass(frozen=True)
 class RecallSource:
     """The task with its tokenizer and, for filler "text", the token streams by split."""
+
+    lesson: ClassVar[str] = "next-token"
 
     task: Recall
     tokenizer: Tokenizer

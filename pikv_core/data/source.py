@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -19,7 +19,9 @@ class Batch:
 
 
 class Source(Protocol):
-    """A task, opened: its tokenizer is fixed and its splits are apart."""
+    """A task, opened: its tokenizer is fixed and its splits are apart. `lesson` names how a model trains on it."""
+
+    lesson: ClassVar[str]
 
     @property
     def vocab_size(self) -> int: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -70,6 +70,8 @@ class Text:
 @dataclass(frozen=True)
 class TextSource:
     """The corpus as token streams by split, documents ended by <eos>."""
+
+    lesson: ClassVar[str] = "next-token"
 
     task: Text
     tokenizer: Tokenizer

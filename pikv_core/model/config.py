@@ -11,7 +11,9 @@ class PiKVConfig(PreTrainedConfig):
     """Describe a decoder with grouped-query attention and a mixture of experts in every layer.
 
     qk_bias: a bias on the query and key projections. intermediate_size: width of one expert. router: a
-    name in ROUTERS; balance_loss and z_loss are the factors of its losses.
+    name in ROUTERS, router_options what it takes beside sizes; balance_loss and z_loss are the factors of its losses.
+    expert_rank: experts that share one base and differ by weights of this rank, scaled by expert_alpha / expert_rank;
+    train_base: whether the base learns. shared_expert: as of create_moe.
     """
 
     model_type = "pikv"
@@ -29,6 +31,11 @@ class PiKVConfig(PreTrainedConfig):
         num_experts: int = 8,
         num_experts_per_tok: int = 2,
         router: str = "base",
+        router_options: dict[str, Any] | None = None,
+        expert_rank: int | None = None,
+        expert_alpha: float = 1.0,
+        train_base: bool = True,
+        shared_expert: bool | None = None,
         balance_loss: float = 0.01,
         z_loss: float = 0.001,
         qk_bias: bool = False,
@@ -55,6 +62,11 @@ class PiKVConfig(PreTrainedConfig):
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.router = router
+        self.router_options = router_options or {}
+        self.expert_rank = expert_rank
+        self.expert_alpha = expert_alpha
+        self.train_base = train_base
+        self.shared_expert = shared_expert
         self.balance_loss = balance_loss
         self.z_loss = z_loss
         self.qk_bias = qk_bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +20,16 @@ from pikv_core.model.masks import causal_mask
 from pikv_core.moe import create_moe
 from pikv_core.moe.experts import Experts
 from pikv_core.moe.layer import MoE
+from pikv_core.moe.lora import LoRAExperts
 from pikv_core.moe.routing import Routing
 
 
 @dataclass
 class PiKVModelOutput(MoeModelOutputWithPast):
-    """The decoder's output; aux_loss is the routers' weighted loss, the mean over the layers."""
+    """The decoder's output; aux_loss is the routers' weighted loss, the mean over the layers, aux_losses its parts."""
 
     aux_loss: Tensor | None = None
+    aux_losses: dict[str, Tensor] | None = None
 
 
 class PiKVDecoderLayer(GradientCheckpointingLayer):
@@ -41,18 +44,26 @@ class PiKVDecoderLayer(GradientCheckpointingLayer):
             config.num_experts,
             config.num_experts_per_tok,
             config.intermediate_size,
-            balance_weight=config.balance_loss,
-            z_weight=config.z_loss,
+            rank=config.expert_rank,
+            alpha=config.expert_alpha,
+            train_base=config.train_base,
+            shared_expert=config.shared_expert,
+            **{"balance_weight": config.balance_loss, "z_weight": config.z_loss, **config.router_options},
         )
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, token_mask: Tensor | None = None, **kwargs: Any
+        self,
+        x: Tensor,
+        token_mask: Tensor | None = None,
+        router_info: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Routing]:
         out, attention = self.self_attn(self.input_layernorm(x), **kwargs)
         x = x + out
-        out, routing = self.mlp(self.post_attention_layernorm(x), token_mask)
+        told = {name: info for name, info in (router_info or {}).items() if name == self.mlp.gate.told}
+        out, routing = self.mlp(self.post_attention_layernorm(x), token_mask, **told)
         return x + out, attention, routing
 
 
@@ -76,6 +87,13 @@ class PiKVPreTrainedModel(PreTrainedModel):
         if isinstance(module, Experts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, LoRAExperts):
+            for weight in (module.gate_up_proj, module.down_proj):
+                init.normal_(weight, mean=0.0, std=std)
+            for weight in (module.gate_up_A, module.down_A):
+                init.normal_(weight, mean=0.0, std=weight.shape[-1] ** -0.5)
+            for weight in (module.gate_up_B, module.down_B):
+                init.zeros_(weight)
         elif isinstance(module, MoE):
             init.normal_(module.gate.weight, mean=0.0, std=std)
 
@@ -102,9 +120,13 @@ class PiKVModel(PiKVPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        router_info: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> PiKVModelOutput:
-        """Run [B, T] ids, or embeddings [B, T, D], after the tokens in `past_key_values`."""
+        """Run [B, T] ids, or embeddings [B, T, D], after the tokens in `past_key_values`.
+
+        router_info: what routers may be told of the new tokens [B, T], such as `time_info`; each takes its own.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -120,6 +142,7 @@ class PiKVModel(PiKVPreTrainedModel):
             x, attention, routing = layer(
                 x,
                 token_mask=_token_mask(attention_mask, x.shape[1]),
+                router_info=router_info,
                 attention_mask=mask,
                 position_embeddings=rotary,
                 position_ids=position_ids,
@@ -131,6 +154,8 @@ class PiKVModel(PiKVPreTrainedModel):
             routings.append(routing)
         x = self.norm(x)
         hidden_states[-1] = x
+        parts = [routing.weighted_losses for routing in routings]
+        aux_losses = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         with_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         return PiKVModelOutput(
@@ -139,7 +164,8 @@ class PiKVModel(PiKVPreTrainedModel):
             hidden_states=tuple(hidden_states) if with_hidden else None,
             attentions=tuple(attentions) if with_attentions else None,
             router_logits=tuple(routing.logits for routing in routings),
-            aux_loss=torch.stack([routing.loss for routing in routings]).mean(),
+            aux_loss=sum(aux_losses.values(), x.new_zeros((), dtype=torch.float32)),
+            aux_losses=aux_losses,
         )
 
 

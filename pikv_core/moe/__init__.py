@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
+from pikv_core.components import option_types
 from pikv_core.errors import UsageError, closest
 from pikv_core.moe.routers import ROUTERS
 
@@ -24,7 +24,7 @@ def create_moe_router(kind: str, hidden_size: int, num_experts: int, top_k: int 
     if top_k > num_experts:
         raise UsageError(f"top_k: {top_k} is more than the {num_experts} experts", hint="lower top_k")
     router = ROUTERS[kind]
-    allowed = _options(router)
+    allowed = list(option_types(router))
     for name in options:
         if name not in allowed:
             raise UsageError(
@@ -81,15 +81,3 @@ def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise UsageError(f"{name}: expected a whole number of at least 1, got {value}")
-
-
-def _options(router: type) -> list[str]:
-    """Return the names that a router's __init__ takes beside the sizes, those it hands on to its bases too."""
-    names: list[str] = []
-    for base in router.__mro__:
-        if "__init__" in vars(base):
-            parameters = inspect.signature(vars(base)["__init__"]).parameters
-            names += [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
-            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
-                break
-    return [name for name in dict.fromkeys(names) if name not in ("self", "hidden_size", "num_experts", "top_k")]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pikv_core.moe.experts import Experts
 from pikv_core.moe.lora import LoRAExperts
-from pikv_core.moe.routing import Routing
+from pikv_core.moe.routing import Routing, entropy_sum, load_spread
 from pikv_core.moe.shared import SharedExpert
 
 
@@ -24,6 +24,8 @@ class MoE(nn.Module):
         self._expert_tokens: Tensor | None = None
         self._shared_tokens: Tensor | int = 0
         self._dropped: Tensor | None = None
+        self._entropy_sum: Tensor | float = 0.0
+        self._num_routed: Tensor | int = 0
 
     def forward(self, x: Tensor, mask: Tensor | None = None, **info: Tensor) -> tuple[Tensor, Routing]:
         """Return y like x [..., D], and the routing.
@@ -36,6 +38,8 @@ class MoE(nn.Module):
         if routing.kept is not None:
             dropped = counts.sum() - routing.kept.sum()
             self._dropped = dropped if self._dropped is None else self._dropped + dropped
+        entropy, num_tokens = entropy_sum(routing.probs.detach(), mask)
+        self._entropy_sum, self._num_routed = self._entropy_sum + entropy, self._num_routed + num_tokens
         y = self.experts(x.reshape(-1, x.shape[-1]), routing.weights, routing.experts).view_as(x)
         if self.shared_expert is not None:
             y = y + self.shared_expert(x)
@@ -45,22 +49,21 @@ class MoE(nn.Module):
     def reset_stats(self) -> None:
         """Forget the load counted so far."""
         self._expert_tokens = self._dropped = None
-        self._shared_tokens = 0
+        self._shared_tokens = self._num_routed = 0
+        self._entropy_sum = 0.0
 
     def get_stats(self) -> dict[str, Any]:
         """Return the load since the last reset, dropped choices, and what the router and the experts have to tell.
 
         The load is that of the choices, dropped ones too: per expert, max/mean, coefficient of variation. Tokens
-        of the shared expert are counted apart.
+        of the shared expert are counted apart. router_entropy: of a token's probabilities, nats, the mean.
         """
         counts = self._expert_tokens
-        tokens = [0] * self.experts.num_experts if counts is None else counts.tolist()
-        load = torch.tensor(tokens, dtype=torch.float64)
-        mean = float(load.mean())
+        counts = torch.zeros(self.experts.num_experts, dtype=torch.int64) if counts is None else counts
         stats = {
-            "expert_tokens": tokens,
-            "load_max_over_mean": float(load.max()) / mean if mean else 0.0,
-            "load_cv": float(load.std(correction=0)) / mean if mean else 0.0,
+            "expert_tokens": counts.tolist(),
+            **load_spread(counts),
+            "router_entropy": float(self._entropy_sum) / max(1, int(self._num_routed)),
             "dropped_tokens": 0 if self._dropped is None else int(self._dropped),
             **self.experts.get_stats(),
             **self.gate.get_stats(),

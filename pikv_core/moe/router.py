@@ -22,6 +22,8 @@ class Router(nn.Module):
     """
 
     name: ClassVar[str]
+    sizes: ClassVar[tuple[str, ...]] = ("hidden_size", "num_experts", "top_k")  # the model's; the rest are options
+    told: ClassVar[str | None] = None  # what forward may be told of each token beside, by its argument's name
     loss_weights: dict[str, float]
 
     def __init__(

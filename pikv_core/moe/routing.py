@@ -36,12 +36,14 @@ class Routing:
         yield from (self.dispatch, self.combine, self.probs, self.loss)
 
     @property
+    def weighted_losses(self) -> dict[str, Tensor]:
+        """Return each loss times its weight, scalars."""
+        return {name: self.loss_weights[name] * value for name, value in self.losses.items()}
+
+    @property
     def loss(self) -> Tensor:
         """Return the weighted sum of the losses, a scalar."""
-        total = self.logits.new_zeros(())
-        for name, value in self.losses.items():
-            total = total + self.loss_weights[name] * value
-        return total
+        return sum(self.weighted_losses.values(), self.logits.new_zeros(()))
 
     @cached_property
     def dispatch(self) -> Tensor:
@@ -83,6 +85,24 @@ def balance_loss(probs: Tensor, expert_tokens: Tensor, mask: Tensor | None = Non
 def z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the mean squared log-sum-exp of the logits [T, E], (ln E)² where all logits are zero."""
     return _mean_over_tokens(logits.logsumexp(-1).square(), mask)
+
+
+def load_spread(expert_tokens: Tensor) -> dict[str, float]:
+    """Return max/mean and the coefficient of variation of a load [E]; 0 where there is none."""
+    load = expert_tokens.double()
+    mean = float(load.mean())
+    return {
+        "load_max_over_mean": float(load.max()) / mean if mean else 0.0,
+        "load_cv": float(load.std(correction=0)) / mean if mean else 0.0,
+    }
+
+
+def entropy_sum(probs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | int]:
+    """Return the entropies (nats) of the real tokens' probabilities [T, E], summed, and the number of those tokens."""
+    entropy_T = torch.special.entr(probs).sum(-1)
+    if mask is None:
+        return entropy_T.sum(), len(entropy_T)
+    return (entropy_T * mask.reshape(-1)).sum(), mask.sum()
 
 
 def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:

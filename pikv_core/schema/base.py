@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from pikv_core.components import Component, MemberOf, NameIn
+from pikv_core.components import Component, MemberOf
 
 _BYTES = re.compile(r"(\d+(?:\.\d+)?)\s*(KiB|MiB|GiB|TiB|KB|MB|GB|TB|B)")
 _UNITS = {
@@ -52,7 +52,7 @@ PolicySpec = Annotated[Component, MemberOf("pikv_core.scheduling:POLICIES")]
 CodecSpec = Annotated[Component, MemberOf("pikv_core.compression:CODECS")]
 AllocationSpec = Annotated[Component, MemberOf("pikv_core.scheduling.allocation:ALLOCATIONS")]
 TaskSpec = Annotated[Component, MemberOf("pikv_core.data:TASKS")]
-RouterName = Annotated[str, NameIn("pikv_core.moe.routers:ROUTERS")]
+RouterSpec = Annotated[Component, MemberOf("pikv_core.moe.routers:ROUTERS")]
 RequestPolicySpec = Annotated[Component, MemberOf("pikv_core.simulation.policies:REQUEST_POLICIES")]
 
 Positive = Annotated[int, Field(ge=1)]

@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
-from pikv_core.components import Component
-from pikv_core.schema.base import Positive, Recipe, RouterName, Section, Share, TaskSpec
+from pikv_core.components import Component, as_pydantic
+from pikv_core.errors import UsageError
+from pikv_core.schema.base import Positive, Recipe, RouterSpec, Section, Share, TaskSpec
+from pikv_core.schema.generate import CacheRecipe
 
 
 class ModelRecipe(Section):
@@ -24,9 +26,13 @@ class ModelRecipe(Section):
     num_experts: Positive = 8
     top_k: Positive = 2
     expert_size: Positive = 128  # width of one expert
-    router: RouterName = "base"
+    router: RouterSpec = Component("base")  # with options of its own: {name: fast, gate: noisy}; of arch pikv
     balance_loss: Annotated[float, Field(ge=0)] = 0.01
     z_loss: Annotated[float, Field(ge=0)] = 0.001
+    expert_rank: Positive | None = None  # experts share one base and differ by weights of this rank; of arch pikv
+    expert_alpha: Annotated[float, Field(gt=0)] = 1.0  # their scale is expert_alpha / expert_rank
+    train_base: bool = True  # whether that base learns too
+    shared_expert: bool | None = None  # one more expert for every token, by default as the router has it; of arch pikv
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     max_positions: Positive = 4096
     attention_bias: bool = True  # of q and k, where the architecture has it
@@ -43,6 +49,32 @@ class ModelRecipe(Section):
             raise PydanticCustomError("sizes", "top_k must not exceed num_experts")
         return self
 
+    @model_validator(mode="after")
+    def _router_fits(self) -> ModelRecipe:
+        ours = {"router": Component("base"), "expert_rank": None, "shared_expert": None}
+        given = [name for name, default in ours.items() if getattr(self, name) != default]
+        if given and self.arch != "pikv":
+            text = f"{', '.join(given)}: arch '{self.arch}' of transformers has none; set model.arch: pikv"
+            raise PydanticCustomError("sizes", "{text}", {"text": text})
+        if not self.train_base and self.expert_rank is None:
+            raise PydanticCustomError("sizes", "train_base: there is a base to freeze with expert_rank alone")
+        if self.router.options:  # by building it, for nothing else knows what its options allow
+            check_router(self.router, self.hidden_size, self.num_experts, self.top_k)
+        return self
+
+
+def check_router(router: Component, hidden_size: int, num_experts: int, top_k: int) -> None:
+    """Raise pydantic's error where a router of these sizes cannot have its options."""
+    import torch
+
+    from pikv_core.moe import create_moe_router
+
+    try:
+        with torch.device("meta"):
+            create_moe_router(router.name, hidden_size, num_experts, top_k, **router.options)
+    except UsageError as error:
+        raise as_pydantic(error) from None
+
 
 class DataRecipe(Section):
     """The task; `path` is a folder gen-data wrote for it (without it, the data are made for the run)."""
@@ -53,11 +85,40 @@ class DataRecipe(Section):
     column: str | None = None
 
 
+class LoRASettings(Section):
+    """Low-rank weights beside frozen ones (arXiv 2106.09685), on attention and experts."""
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0  # the low-rank product is scaled by alpha / rank
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of what goes into it, in training
+    targets: list[str] = []  # names of modules and of stacked weights; by default attention's and the feed-forward's
+    merge: bool = True  # into the saved model; otherwise it stays as it was, and the adapter lies beside it
+
+
+class DistillSettings(Section):
+    """A teacher to learn from (arXiv 1503.02531); it leaves no trace in the saved model."""
+
+    teacher: str  # a model folder, a run folder, or a hub id; of the same tokens
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    logits: Annotated[float, Field(ge=0)] = (
+        1.0  # weight of temperature² · KL(teacher, student) where answers are scored
+    )
+    hidden: Annotated[float, Field(ge=0)] = 0.0  # weight of the relative squared error of the last hidden states
+
+
 class TrainSettings(Section):
     """The course of training; lengths in tokens."""
 
+    init_from: str | None = (
+        None  # a trained model to go on from; with a section `model`, a dense one to make experts of
+    )
+    lora: LoRASettings | None = None
+    distill: DistillSettings | None = None
+    cache: CacheRecipe | None = None  # what of a context the tokens after it are trained to read
+
     batch_tokens: Positive = 4096
     max_steps: Positive = 6000
+    # Without stages to master, as most tasks are, the last length is that of every step, and of a text the most tokens.
     curriculum: Annotated[list[Positive], Field(min_length=1)] = [16, 32, 64, 128, 256, 512, 1024]
     stage_accuracy: Share = 0.9  # batch accuracy (moving average) that ends a stage of the curriculum
     stage_steps: Positive = 20  # at least so many steps a stage
@@ -112,10 +173,17 @@ class TrainRecipe(Recipe):
     def job(self) -> str:
         return "train" if self.duo_gates is None else "duo_gates"
 
+    @property
+    def builds(self) -> bool:
+        """Whether the model is built from `model`; else it is the one that train.init_from names."""
+        return self.train.init_from is None or "model" in self.model_fields_set
+
     @model_serializer(mode="wrap")
     def _only_what_counts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         tree = handler(self)
-        unused = ("start", "duo_gates") if self.duo_gates is None else ("model", "data", "train")
+        unused = ["start", "duo_gates"] if self.duo_gates is None else ["model", "data", "train"]
+        if not self.builds:
+            unused.append("model")
         return {name: value for name, value in tree.items() if name not in unused}
 
     @model_validator(mode="after")

@@ -17,10 +17,24 @@ EMBEDDING_STD = 0.5
 QK_BIAS_STD = 0.5
 
 
-def build_model(recipe: ModelRecipe, vocab_size: int) -> Any:
-    """Return a float32 causal language model of transformers, its weights drawn from torch's generator."""
+# What a model does: the family of transformers' Auto classes that loads it.
+HEADS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+}
+
+
+def build_model(recipe: ModelRecipe, head: str = "causal-lm", **options: Any) -> Any:
+    """Return a float32 model of transformers with a head of HEADS, its weights drawn from torch's generator.
+
+    options: what the configuration is told beside the recipe's sizes, such as vocab_size and num_labels.
+    """
+    import transformers
+
+    import pikv_core.model  # noqa: F401  registers our own architecture
+
     sizes = {
-        "vocab_size": vocab_size,
         "hidden_size": recipe.hidden_size,
         "intermediate_size": recipe.ffn_size if recipe.arch == "llama" else recipe.expert_size,
         "num_hidden_layers": recipe.num_layers,
@@ -34,70 +48,71 @@ def build_model(recipe: ModelRecipe, vocab_size: int) -> Any:
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
+        **options,
     }
-    model = _BUILDERS[recipe.arch](recipe, sizes)
+    model = getattr(transformers, HEADS[head]).from_config(_CONFIGS[recipe.arch](recipe, sizes))
     initialise(model)
     return model
 
 
-def _llama(recipe: ModelRecipe, sizes: dict[str, Any]) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _llama(recipe: ModelRecipe, sizes: dict[str, Any]) -> Any:
+    from transformers import LlamaConfig
 
-    return LlamaForCausalLM(LlamaConfig(attention_bias=recipe.attention_bias, **sizes))
+    return LlamaConfig(attention_bias=recipe.attention_bias, **sizes)
 
 
-def _mixtral(recipe: ModelRecipe, sizes: dict[str, Any]) -> nn.Module:
-    from transformers import MixtralConfig, MixtralForCausalLM
+def _mixtral(recipe: ModelRecipe, sizes: dict[str, Any]) -> Any:
+    from transformers import MixtralConfig
 
-    return MixtralForCausalLM(
-        MixtralConfig(
-            num_local_experts=recipe.num_experts,
-            num_experts_per_tok=recipe.top_k,
-            router_aux_loss_coef=recipe.balance_loss,
-            **sizes,
-        )
+    return MixtralConfig(
+        num_local_experts=recipe.num_experts,
+        num_experts_per_tok=recipe.top_k,
+        router_aux_loss_coef=recipe.balance_loss,
+        **sizes,
     )
 
 
-def _qwen3_moe(recipe: ModelRecipe, sizes: dict[str, Any]) -> nn.Module:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+def _qwen3_moe(recipe: ModelRecipe, sizes: dict[str, Any]) -> Any:
+    from transformers import Qwen3MoeConfig
 
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            num_experts=recipe.num_experts,
-            num_experts_per_tok=recipe.top_k,
-            moe_intermediate_size=recipe.expert_size,
-            norm_topk_prob=True,
-            router_aux_loss_coef=recipe.balance_loss,
-            attention_bias=recipe.attention_bias,
-            **sizes,
-        )
+    return Qwen3MoeConfig(
+        num_experts=recipe.num_experts,
+        num_experts_per_tok=recipe.top_k,
+        moe_intermediate_size=recipe.expert_size,
+        norm_topk_prob=True,
+        router_aux_loss_coef=recipe.balance_loss,
+        attention_bias=recipe.attention_bias,
+        **sizes,
     )
 
 
-def _pikv(recipe: ModelRecipe, sizes: dict[str, Any]) -> nn.Module:
-    from pikv_core.model import PiKVConfig, PiKVForCausalLM
+def _pikv(recipe: ModelRecipe, sizes: dict[str, Any]) -> Any:
+    from pikv_core.model import PiKVConfig
 
-    return PiKVForCausalLM(
-        PiKVConfig(
-            num_experts=recipe.num_experts,
-            num_experts_per_tok=recipe.top_k,
-            router=recipe.router,
-            balance_loss=recipe.balance_loss,
-            z_loss=recipe.z_loss,
-            qk_bias=recipe.attention_bias,
-            **sizes,
-        )
+    return PiKVConfig(
+        num_experts=recipe.num_experts,
+        num_experts_per_tok=recipe.top_k,
+        router=recipe.router.name,
+        router_options=dict(recipe.router.options),
+        expert_rank=recipe.expert_rank,
+        expert_alpha=recipe.expert_alpha,
+        train_base=recipe.train_base,
+        shared_expert=recipe.shared_expert,
+        balance_loss=recipe.balance_loss,
+        z_loss=recipe.z_loss,
+        qk_bias=recipe.attention_bias,
+        **sizes,
     )
 
 
-_BUILDERS = {"llama": _llama, "mixtral": _mixtral, "qwen3_moe": _qwen3_moe, "pikv": _pikv}
+_CONFIGS = {"llama": _llama, "mixtral": _mixtral, "qwen3_moe": _qwen3_moe, "pikv": _pikv}
 
 
 @torch.no_grad()
 def initialise(model: Any) -> None:
     """Draw the weights anew; every architecture names its parts as Llama and Mixtral do."""
-    nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
+    if model.config.vocab_size:
+        nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
     for name, weight in model.named_parameters():
         if name.endswith(("_proj.weight", "experts.gate_up_proj", "experts.down_proj")):
             writes = "o_proj" in name or "down_proj" in name

@@ -8,61 +8,69 @@ import torch
 from torch import Tensor, nn
 
 from pikv_core.moe.layer import MoE
-from pikv_core.moe.routing import balance_loss, count_tokens, z_loss
-from pikv_core.schema import ModelRecipe
+from pikv_core.moe.routing import balance_loss, count_tokens, entropy_sum, load_spread, z_loss
+
+LayerStatistics = dict[str, Any]
 
 
 class Gates(Protocol):
     """The routers of one model."""
 
-    def loss(self, outputs: Any) -> Tensor | float:
-        """Return the weighted loss of the routers for the forward pass that gave `outputs`."""
+    def losses(self, outputs: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the weighted losses of the routers for the forward pass that gave `outputs`, means over layers.
+
+        mask [B, T] is True for real tokens; None for all.
+        """
 
     def end_step(self) -> None:
         """Let routers update what they learn without gradients, after an optimizer step."""
 
-    def reset_load(self) -> None:
-        """Forget the load counted so far."""
+    def reset(self) -> None:
+        """Forget what was counted so far."""
 
-    def load(self) -> list[Tensor]:
-        """Return each layer's tokens per expert [E] since the last reset; nothing where all is dense."""
+    def statistics(self) -> list[LayerStatistics]:
+        """Return what each layer counted since the last reset; nothing where all is dense.
+
+        expert_tokens [E], load_max_over_mean, load_cv, router_entropy (nats), dropped_tokens, and what the kind of
+        router has to tell.
+        """
 
 
 class NoGates:
     """A dense model's."""
 
-    def loss(self, outputs: Any) -> float:
-        return 0.0
+    def losses(self, outputs: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
+        return {}
 
     def end_step(self) -> None:
         pass
 
-    def reset_load(self) -> None:
+    def reset(self) -> None:
         pass
 
-    def load(self) -> list[Tensor]:
+    def statistics(self) -> list[LayerStatistics]:
         return []
 
 
 class OwnGates:
     """Our decoder's: its layers compute their losses and count their load themselves."""
 
-    def __init__(self, model: nn.Module):
-        self._layers = [module for module in model.modules() if isinstance(module, MoE)]
+    def __init__(self, layers: list[MoE]):
+        self._layers = layers
 
-    def loss(self, outputs: Any) -> Tensor:
-        return outputs.aux_loss
+    def losses(self, outputs: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
+        return outputs.aux_losses
 
     def end_step(self) -> None:
         for layer in self._layers:
             layer.gate.end_step()
 
-    def reset_load(self) -> None:
+    def reset(self) -> None:
         for layer in self._layers:
             layer.reset_stats()
 
-    def load(self) -> list[Tensor]:
-        return [torch.tensor(layer.get_stats()["expert_tokens"]) for layer in self._layers]
+    def statistics(self) -> list[LayerStatistics]:
+        return [layer.get_stats() for layer in self._layers]
 
 
 class WatchedGates:
@@ -71,37 +79,55 @@ class WatchedGates:
     Releases differ in what they return as router logits; what goes into a gate is the same in all.
     """
 
-    def __init__(self, model: nn.Module, recipe: ModelRecipe):
-        self._recipe = recipe
+    def __init__(self, gates: list[Any], top_k: int, balance_weight: float, z_weight: float):
+        self._gates = gates
+        self._top_k, self._balance_weight, self._z_weight = top_k, balance_weight, z_weight
         self._logits: list[Tensor] = []
-        self._gates = [module for name, module in model.named_modules() if name.endswith("mlp.gate")]
-        for gate in self._gates:
+        self._num_tokens = 0
+        for gate in gates:
             gate.register_forward_pre_hook(self._record)
-        self.reset_load()
+        self.reset()
 
-    def loss(self, outputs: Any) -> Tensor:
+    def losses(self, outputs: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
         logits, self._logits = self._logits, []
         assert len(logits) == len(self._gates)
-        losses = []
+        mask_T = None if mask is None else mask.reshape(-1).bool()
+        balance, z = [], []
         for layer, logits_TE in enumerate(logits):
             probs_TE = logits_TE.softmax(-1)
-            chosen_TK = probs_TE.topk(self._recipe.top_k, dim=-1).indices
-            counts = count_tokens(chosen_TK, probs_TE.shape[-1])
+            chosen_TK = probs_TE.topk(self._top_k, dim=-1).indices
+            counts = count_tokens(chosen_TK, probs_TE.shape[-1], mask_T)
             self._load[layer] = self._load[layer] + counts
-            losses.append(
-                self._recipe.balance_loss * balance_loss(probs_TE, counts) + self._recipe.z_loss * z_loss(logits_TE)
-            )
-        return torch.stack(losses).mean()
+            entropy, num_tokens = entropy_sum(probs_TE.detach(), mask_T)
+            self._entropy[layer] = self._entropy[layer] + entropy
+            self._num_tokens = self._num_tokens + int(num_tokens) * (layer == 0)
+            balance.append(balance_loss(probs_TE, counts, mask_T))
+            z.append(z_loss(logits_TE, mask_T))
+        return {
+            "balance": self._balance_weight * torch.stack(balance).mean(),
+            "z": self._z_weight * torch.stack(z).mean(),
+        }
 
     def end_step(self) -> None:
         pass
 
-    def reset_load(self) -> None:
-        zero = torch.zeros(self._recipe.num_experts, dtype=torch.int64)
-        self._load = [zero.to(gate.weight.device) for gate in self._gates]
+    def reset(self) -> None:
+        self._load = [
+            torch.zeros(gate.weight.shape[0], dtype=torch.int64).to(gate.weight.device) for gate in self._gates
+        ]
+        self._entropy: list[Tensor | float] = [0.0] * len(self._gates)
+        self._num_tokens = 0
 
-    def load(self) -> list[Tensor]:
-        return self._load
+    def statistics(self) -> list[LayerStatistics]:
+        return [
+            {
+                "expert_tokens": load.tolist(),
+                **load_spread(load),
+                "router_entropy": float(entropy) / max(1, self._num_tokens),
+                "dropped_tokens": 0,
+            }
+            for load, entropy in zip(self._load, self._entropy)
+        ]
 
     def _record(self, gate: Any, inputs: tuple[Tensor, ...]) -> None:
         x_TD = inputs[0].reshape(-1, inputs[0].shape[-1])
@@ -109,20 +135,20 @@ class WatchedGates:
             self._logits.append(x_TD.float() @ gate.weight.float().T)
 
 
-def gates_of(model: nn.Module, recipe: ModelRecipe) -> Gates:
-    """Return the routers of a model built from `recipe`."""
-    if recipe.arch == "llama":
+def gates_of(model: nn.Module, balance_weight: float, z_weight: float) -> Gates:
+    """Return the routers of a model; the weights are for those of transformers, ours have their own."""
+    own = [module for module in model.modules() if isinstance(module, MoE)]
+    if own:
+        return OwnGates(own)
+    watched = [
+        module for name, module in model.named_modules() if name.endswith("mlp.gate") and hasattr(module, "weight")
+    ]
+    if not watched:
         return NoGates()
-    return OwnGates(model) if recipe.arch == "pikv" else WatchedGates(model, recipe)
+    config: Any = model.config
+    return WatchedGates(watched, config.get_text_config().num_experts_per_tok, balance_weight, z_weight)
 
 
-def load_statistics(load: list[Tensor]) -> dict[str, float]:
+def load_statistics(layers: list[LayerStatistics]) -> dict[str, float]:
     """Return the load of the least balanced layer: max/mean and coefficient of variation."""
-    if not load:
-        return {}
-    loads = torch.stack(load).double()
-    mean = loads.mean(1).clamp(min=1)
-    return {
-        "load_max_over_mean": float((loads.max(1).values / mean).max()),
-        "load_cv": float((loads.std(1, correction=0) / mean).max()),
-    }
+    return {name: max(layer[name] for layer in layers) for name in ("load_max_over_mean", "load_cv") if layers}

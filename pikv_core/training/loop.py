@@ -7,10 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from pikv_core.data.source import Source
 from pikv_core.errors import PiKVError
 from pikv_core.runs import Run
 from pikv_core.schema import TrainSettings
@@ -24,8 +22,9 @@ from pikv_core.training.curriculum import Curriculum
 from pikv_core.training.gates import Gates
 from pikv_core.training.hardware import Hardware
 from pikv_core.training.interrupt import Interrupt
-from pikv_core.training.objective import score
+from pikv_core.training.lessons.base import Lesson
 from pikv_core.training.optimizers import Optimizers
+from pikv_core.training.router_log import router_values
 
 
 @dataclass
@@ -34,7 +33,7 @@ class Loop:
 
     run: Run
     model: Any
-    source: Source
+    lesson: Lesson
     gates: Gates
     settings: TrainSettings
     hardware: Hardware
@@ -63,22 +62,18 @@ class Loop:
 
     def _step(self, step: int, tokens_per_s: float) -> int:
         length, lr = self.curriculum.length(step), self.curriculum.lr(step)
-        num_samples = max(1, self.settings.batch_tokens // length)
-        rng = np.random.default_rng([self.run.recipe.seed, step])
-        batch = self.source.batch(rng, num_samples, length)
-        with_text = self.settings.filler_loss > 0 or not batch.answer_mask.any()
+        batch = self.lesson.batch(self.run.recipe.seed, step, length)
         with self.hardware.autocast():
-            scores, outputs = score(self.model, batch, with_text)
-            loss = scores.objective(self.settings.filler_loss)
-            total = loss + self.gates.loss(outputs)
+            done = self.lesson.step(self.model, batch)
+            losses = done.losses | self.gates.losses(done.outputs, done.mask)
+            total = torch.stack(list(losses.values())).sum()
         total.backward()
-        value = loss.item()
+        value = total.item()
         if not math.isfinite(value):
             raise PiKVError(f"the loss is {value} at step {step}", hint="lower train.lr or train.clip_norm")
-        self.optimizers.step(lr)
+        grad_norm = self.optimizers.step(lr)
         self.gates.end_step()
-        accuracy = int(scores.num_correct) / scores.num_answers if scores.num_answers else None
-        stage = self.curriculum.observe(step, accuracy)
+        stage = self.curriculum.observe(step, done.accuracy)
         if stage is not None:
             self.run.reporter.status(
                 f"length {stage['length']} mastered after {stage['num_steps']} steps, {step + 1} in all"
@@ -87,15 +82,19 @@ class Loop:
             f"training: step {step + 1}, length {length}, loss {value:.3f}", step + 1, self.settings.max_steps
         )
         if (step + 1) % self.settings.log_every == 0:
-            self._log(step + 1, value, accuracy, length, lr, tokens_per_s)
-        return num_samples * length
-
-    def _log(self, step: int, loss: float, accuracy: float | None, length: int, lr: float, tokens_per_s: float) -> None:
-        values = {"train/loss": loss, "train/length_tokens": length, "train/lr": lr}
-        if accuracy is not None:
-            values |= {"train/accuracy": accuracy, "train/accuracy_average": self.curriculum.accuracy}
-        self.run.telemetry.metrics(step, values)
-        self.run.telemetry.scalar("train/tokens_per_s", tokens_per_s, step)
+            values = {
+                "train/loss": value,
+                **{f"train/loss/{name}": loss.item() for name, loss in losses.items()},
+                "train/length_tokens": length,
+                "train/lr": lr,
+                "train/grad_norm": grad_norm,
+                "train/tokens_per_s": tokens_per_s,
+            }
+            if done.accuracy is not None:
+                values |= {"train/accuracy": done.accuracy, "train/accuracy_average": self.curriculum.accuracy}
+            self.run.telemetry.metrics(step + 1, values | router_values(self.gates.statistics()))
+            self.gates.reset()
+        return self.lesson.num_tokens(batch)
 
     def _save(self, step: int) -> None:
         save_checkpoint(

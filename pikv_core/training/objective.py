@@ -21,13 +21,15 @@ class Scores:
     num_correct: Tensor
     text_loss: Tensor
     num_text: int
+    logits: Tensor  # [N, V] of the answers, or of the text where there are none
 
-    def objective(self, filler_loss: float) -> Tensor:
-        """Return mean answer loss + filler_loss·mean text loss; a batch without answers is all text."""
+    def losses(self, filler_loss: float) -> dict[str, Tensor]:
+        """Return the mean answer loss and filler_loss times the mean text loss; a batch without answers is all text."""
         text = self.text_loss / max(1, self.num_text)
         if not self.num_answers:
-            return text
-        return self.answer_loss / self.num_answers + filler_loss * text
+            return {"text": text}
+        answers = {"answers": self.answer_loss / self.num_answers}
+        return answers | {"text": filler_loss * text} if filler_loss else answers
 
 
 def score(model: Any, batch: Batch, with_text: bool) -> tuple[Scores, Any]:
@@ -46,15 +48,17 @@ def score(model: Any, batch: Batch, with_text: bool) -> tuple[Scores, Any]:
 
     zero = hidden_BTD.new_zeros((), dtype=torch.float32)
     answers, answer_targets = predict(batch.answer_mask)
-    text_loss, num_text = zero, 0
+    text_loss, num_text, logits = zero, 0, answers
     if with_text and batch.text_mask.any():
         text, text_targets = predict(batch.text_mask)
         text_loss, num_text = F.cross_entropy(text, text_targets, reduction="sum"), len(text)
+        logits = answers if len(answers) else text
     scores = Scores(
         F.cross_entropy(answers, answer_targets, reduction="sum") if len(answers) else zero,
         len(answers),
         (answers.argmax(-1) == answer_targets).sum(),
         text_loss,
         num_text,
+        logits,
     )
     return scores, outputs

@@ -7,6 +7,7 @@ frequencies before attention learns to look them up, and a small model stays the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,12 +26,15 @@ class Optimizers:
         self._clip_norm = settings.clip_norm
         self._weights = [weight for weight in model.parameters() if weight.requires_grad]
         decay = settings.weight_decay
-        outside = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+        ends = (getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output"))
+        outside = {id(module.weight) for module in ends if module is not None}
         groups: dict[str, list[Tensor]] = {"muon": [], "experts": [], "decayed": [], "plain": []}
         for name, weight in model.named_parameters():
+            if not weight.requires_grad:
+                continue
             if weight.dim() < 2 or id(weight) in outside:
                 groups["plain"].append(weight)
-            elif settings.optimizer == "muon" and weight.dim() == 2 and not name.endswith("gate.weight"):
+            elif settings.optimizer == "muon" and weight.dim() == 2 and _is_matrix_of_a_block(name):
                 groups["muon"].append(weight)
             else:
                 groups["experts" if weight.dim() == 3 else "decayed"].append(weight)
@@ -50,14 +54,15 @@ class Optimizers:
                 torch.optim.Muon(groups["muon"], lr=settings.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
             )
 
-    def step(self, lr: float) -> None:
-        """Clip the gradients, move the weights, and forget the gradients."""
-        torch.nn.utils.clip_grad_norm_(self._weights, self._clip_norm)
+    def step(self, lr: float) -> float:
+        """Clip the gradients, move the weights, forget the gradients; return their norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(self._weights, self._clip_norm)
         for optimizer in self._all:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_factor", 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        return float(norm)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Return the states, to be saved."""
@@ -67,3 +72,8 @@ class Optimizers:
         """Take over saved states."""
         for optimizer, state in zip(self._all, states, strict=True):
             optimizer.load_state_dict(state)
+
+
+def _is_matrix_of_a_block(name: str) -> bool:
+    """Return whether a matrix is inside a numbered block, and neither a router's nor an adapter's."""
+    return re.search(r"\.\d+\.", name) is not None and not name.endswith("gate.weight") and "lora_" not in name

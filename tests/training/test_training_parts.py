@@ -29,7 +29,7 @@ MOE = {"num_experts": 4, "expert_size": 24, "balance_loss": 0.5, "z_loss": 0.25}
 def model_of(arch, **more):
     torch.manual_seed(0)
     recipe = ModelRecipe(arch=arch, **{**SIZES, **MOE, **more})
-    return build_model(recipe, 50), recipe
+    return build_model(recipe, vocab_size=50), recipe
 
 
 def batch(num_answers=3, num_text=7):
@@ -54,7 +54,9 @@ def test_scores_equal_cross_entropy_over_all_logits(arch):
     text = losses[torch.from_numpy(one.text_mask[:, :-1])]
     torch.testing.assert_close(scores.answer_loss, answers.sum())
     torch.testing.assert_close(scores.text_loss, text.sum())
-    torch.testing.assert_close(scores.objective(0.3), answers.mean() + 0.3 * text.mean())
+    losses = scores.losses(0.3)
+    torch.testing.assert_close(losses["answers"], answers.mean())
+    torch.testing.assert_close(losses["text"], 0.3 * text.mean())
     right = model(ids).logits[:, :-1].argmax(-1) == ids[:, 1:]
     assert int(scores.num_correct) == int(right[torch.from_numpy(one.answer_mask[:, :-1])].sum())
 
@@ -62,7 +64,7 @@ def test_scores_equal_cross_entropy_over_all_logits(arch):
 def test_a_batch_without_answers_is_scored_as_text():
     model, _ = model_of("llama")
     scores, _ = score(model, batch(num_answers=0), with_text=True)
-    torch.testing.assert_close(scores.objective(0.0), scores.text_loss / 7)
+    torch.testing.assert_close(scores.losses(0.0), {"text": scores.text_loss / 7})
 
 
 def test_muon_takes_the_matrices_inside_the_blocks_and_nothing_else():
@@ -90,26 +92,29 @@ def test_adamw_alone_takes_everything():
 @pytest.mark.parametrize("arch", ["mixtral", "qwen3_moe"])
 def test_gates_of_transformers_models_have_our_decoders_losses_and_load(arch):
     model, recipe = model_of(arch, attention_bias=False)
-    gates = gates_of(model, recipe)
+    gates = gates_of(model, recipe.balance_loss, recipe.z_loss)
     one = batch()
     _, outputs = score(model, one, with_text=True)
-    loss = gates.loss(outputs)
+    losses = gates.losses(outputs)
     inputs = []
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
     score(model, one, with_text=True)
-    gates.loss(None)
-    expected, counts = [], []
+    gates.losses(None)
+    balance, z, counts, entropy = [], [], [], []
     for layer, x in zip(model.model.layers, inputs, strict=True):
         logits = x.reshape(-1, 32).double() @ layer.mlp.gate.weight.detach().double().T
         chosen = torch.bincount(logits.topk(2).indices.reshape(-1), minlength=4)
-        balance = 4 * (chosen / chosen.sum() * logits.softmax(-1).mean(0)).sum()
-        expected.append(0.5 * balance + 0.25 * logits.logsumexp(-1).square().mean())
+        balance.append(0.5 * 4 * (chosen / chosen.sum() * logits.softmax(-1).mean(0)).sum())
+        z.append(0.25 * logits.logsumexp(-1).square().mean())
+        entropy.append(torch.distributions.Categorical(logits=logits).entropy().mean())
         counts.append(chosen)
-    torch.testing.assert_close(loss.double(), torch.stack(expected).mean())
-    assert torch.equal(torch.stack(gates.load()), 2 * torch.stack(counts))
+    torch.testing.assert_close(losses["balance"].double(), torch.stack(balance).mean())
+    torch.testing.assert_close(losses["z"].double(), torch.stack(z).mean())
+    assert [layer["expert_tokens"] for layer in gates.statistics()] == (2 * torch.stack(counts)).tolist()
+    assert [layer["router_entropy"] for layer in gates.statistics()] == pytest.approx([float(one) for one in entropy])
     loads = torch.stack(counts).double().numpy()
-    statistics = load_statistics(gates.load())
+    statistics = load_statistics(gates.statistics())
     assert statistics["load_max_over_mean"] == pytest.approx((loads.max(1) / loads.mean(1)).max())
     assert statistics["load_cv"] == pytest.approx((loads.std(1) / loads.mean(1)).max())
 

@@ -6,7 +6,7 @@ Letters: T tokens, M modalities, E experts, D hidden size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ class FlexRouter(Router):
     between the logits of the others and the expert of their combination, number c mod E, makes that expert their
     first choice. One matrix serves both, as in the paper's code.
     """
+
+    told: ClassVar[str | None] = "modality_info"
 
     def __init__(
         self, hidden_size: int, num_experts: int, top_k: int = 2, combination_weight: float = 1.0, **options: Any

@@ -23,6 +23,7 @@ class TimeRouter(Router):
     """
 
     shared_expert: ClassVar[bool] = True
+    told: ClassVar[str | None] = "time_info"
 
     def __init__(
         self,

@@ -88,11 +88,9 @@ class Lesson(ABC):
 
 def epoch_rows(seed: int, step: int, num_rows: int, total: int) -> np.ndarray:
     """Return the rows of a step: `total` rows are gone through in an order of each epoch's own, again and again."""
-    places = step * num_rows + np.arange(num_rows)
-    orders = {
-        epoch: np.random.default_rng([seed, epoch]).permutation(total) for epoch in set((places // total).tolist())
-    }
-    return np.array([orders[place // total][place % total] for place in places])
+    places = np.arange(step * num_rows, (step + 1) * num_rows)
+    order = {one: np.random.default_rng([seed, one]).permutation(total) for one in set((places // total).tolist())}
+    return np.array([order[place // total][place % total] for place in places.tolist()])
 
 
 def slices(total: int, at_a_time: int) -> Iterator[slice]:

@@ -99,11 +99,13 @@ class PiKVPreTrainedModel(PreTrainedModel):
 
 
 class PiKVModel(PiKVPreTrainedModel):
-    """Map token ids to hidden states."""
+    """Map token ids, or embeddings, to hidden states; with a vocab_size of 0 embeddings alone."""
 
     def __init__(self, config: Any):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = (
+            nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id) if config.vocab_size else None
+        )
         self.layers = nn.ModuleList(PiKVDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
@@ -129,7 +131,11 @@ class PiKVModel(PiKVPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is None:
+            if self.embed_tokens is None:
+                raise ValueError("a model without a vocabulary takes inputs_embeds")
+            inputs_embeds = self.embed_tokens(input_ids)
+        x = inputs_embeds
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:

@@ -47,6 +47,8 @@ def create_moe(
     shared_expert: bool | None = None,
     shared_expert_size: int | None = None,
     shared_expert_gated: bool = True,
+    use_distillation: bool = False,
+    teacher_hidden_size: int | None = None,
     **options: Any,
 ) -> MoE:
     """Build a mixture of SwiGLU experts behind the router `kind`; call it as y, routing = moe(x).
@@ -55,11 +57,15 @@ def create_moe(
     pikv_core.moe.experts.BACKENDS. rank, alpha, train_base: experts that share one base and differ by weights of
     this rank, see LoRAExperts; without rank each has whole weights. shared_expert: whether every token goes to one
     expert more, by default where the router asks for it; its width is that of a token's K experts together, the
-    full width of Time-MoE. options: further arguments of the router. Raises UsageError for what does not exist.
+    full width of Time-MoE. use_distillation: in training the layer may be shown what a teacher's returned, as
+    moe(x, teacher_hidden=...), by default of hidden_size too, see DistilledMoE. options: further arguments of the
+    router. Raises UsageError for what does not exist.
     """
     expert_size = hidden_size if expert_size is None else expert_size
     shared_expert_size = top_k * expert_size if shared_expert_size is None else shared_expert_size
     _check_sizes(expert_size=expert_size, shared_expert_size=shared_expert_size)
+    if teacher_hidden_size is not None and not use_distillation:
+        raise UsageError("teacher_hidden_size: there is no teacher", hint="set use_distillation=True")
     router = create_moe_router(kind, hidden_size, num_experts, top_k, **options)
     from pikv_core.moe.experts import Experts
     from pikv_core.moe.layer import MoE
@@ -74,7 +80,11 @@ def create_moe(
     if shared_expert is None:
         shared_expert = getattr(router, "shared_expert", False)
     shared = SharedExpert(hidden_size, shared_expert_size, shared_expert_gated) if shared_expert else None
-    return MoE(router, experts, shared)
+    if not use_distillation:
+        return MoE(router, experts, shared)
+    from pikv_core.moe.distillation import DistilledMoE, HiddenMatch
+
+    return DistilledMoE(router, experts, shared, HiddenMatch(hidden_size, teacher_hidden_size))
 
 
 def _check_sizes(**sizes: int) -> None:

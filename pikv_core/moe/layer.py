@@ -51,6 +51,7 @@ class MoE(nn.Module):
         self._expert_tokens = self._dropped = None
         self._shared_tokens = self._num_routed = 0
         self._entropy_sum = 0.0
+        self.gate.reset_stats()
 
     def get_stats(self) -> dict[str, Any]:
         """Return the load since the last reset, dropped choices, and what the router and the experts have to tell.

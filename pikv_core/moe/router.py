@@ -93,6 +93,9 @@ class Router(nn.Module):
     def end_step(self) -> None:
         """Update what is learnt without gradients; the trainer calls it once after each optimizer step."""
 
+    def reset_stats(self) -> None:
+        """Forget what was counted since the last reset; what is learnt stays."""
+
     def get_stats(self) -> dict[str, Any]:
         """Return what this kind of router has to tell beside the load."""
         return {}

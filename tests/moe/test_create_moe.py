@@ -63,7 +63,8 @@ def test_what_the_router_is_told_passes_through_the_layer(options):
     ("options", "message"),
     [
         ({"balance_wieght": 1.0}, "the router 'base' has no option 'balance_wieght'; did you mean 'balance_weight'"),
-        ({"use_distillation": True}, "the router 'base' has no option 'use_distillation'"),
+        ({"teacher_hidden_size": 8}, "teacher_hidden_size: there is no teacher"),
+        ({"teacher_hidden_size": 0, "use_distillation": True}, "teacher_hidden_size: expected a whole number"),
         ({"rank": 0}, "rank: expected a whole number of at least 1, got 0"),
         ({"expert_size": 0}, "expert_size: expected a whole number of at least 1, got 0"),
         ({"shared_expert_size": -1}, "shared_expert_size: expected a whole number of at least 1, got -1"),

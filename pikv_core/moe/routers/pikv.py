@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pikv_core.errors import UsageError
+from pikv_core.moe.expert_cache import lru_hits
 from pikv_core.moe.router import Router
 from pikv_core.moe.routers import ROUTERS
+from pikv_core.moe.routing import Routing, count_tokens
 
 
 @ROUTERS.register("pikv")
@@ -20,6 +23,10 @@ class PiKVRouter(Router):
     hit_weight is η, latency_weight is λ; with both 0 it is `base` to the bit. Hit rates and latencies are averages
     weighted by decay^age, age in observations of that expert; one never observed counts as the mean of the others,
     so that it is neither shunned nor sought. They are saved with the model and take no gradient.
+
+    It measures the hits itself, and learns from them after each training step: those of a memory that holds
+    cache_experts experts (by default half of them), the least recently used one making room, in each sequence of more
+    than one token. Latencies are told to it, see `pikv_core.moe.latency`.
     """
 
     hits: Tensor
@@ -35,16 +42,53 @@ class PiKVRouter(Router):
         hit_weight: float = 1.0,
         latency_weight: float = 0.1,
         decay: float = 0.99,
+        cache_experts: int | None = None,
         **options: Any,
     ):
         super().__init__(hidden_size, num_experts, top_k, **options)
         if not 0 <= decay <= 1:
             raise UsageError(f"decay: expected a number from 0 to 1, got {decay}")
+        self.cache_experts = max(1, num_experts // 2) if cache_experts is None else cache_experts
+        if not 1 <= self.cache_experts <= num_experts:
+            raise UsageError(f"cache_experts: expected from 1 to the {num_experts} experts, got {cache_experts}")
         self.hit_weight = hit_weight
         self.latency_weight = latency_weight
         self.decay = decay
         for name in ("hits", "accesses", "latency_sum_s", "latency_count"):
             self.register_buffer(name, torch.zeros(num_experts, dtype=torch.float32))
+
+        # Not buffers: data-parallel wrappers overwrite those with the first rank's before a forward.
+        self._step: tuple[Tensor, Tensor] | None = None  # hits and accesses [E] since the last training step
+        self._counted: tuple[Tensor, Tensor] | None = None  # and since the last reset
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
+        """Route x [..., S, D], one sequence or several; mask [..., S] is True for real tokens."""
+        routing = super().forward(x, mask)
+        num_tokens = x.shape[-2]
+        if num_tokens > 1:
+            mask_BS = None if mask is None else mask.reshape(-1, num_tokens)
+            experts_BSK = routing.experts.view(-1, num_tokens, self.top_k)
+            hits_BSK = lru_hits(experts_BSK, self.num_experts, self.cache_experts, mask_BS)
+            hits_E = count_tokens(routing.experts, self.num_experts, hits_BSK.view_as(routing.experts))
+            accesses_E = count_tokens(routing.experts, self.num_experts, None if mask is None else mask.reshape(-1))
+            self._counted = _plus(self._counted, hits_E, accesses_E)
+            if self.training:
+                self._step = _plus(self._step, hits_E, accesses_E)
+        return routing
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Take in the hits of all forwards since the last step, over all data-parallel ranks."""
+        counts = torch.zeros(2, self.num_experts, dtype=torch.int64, device=self.hits.device)
+        if self._step is not None:
+            counts += torch.stack(self._step)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)  # by every rank, one without tokens too
+        self.observe_hits(counts[0], counts[1])
+        self._step = None
+
+    def reset_stats(self) -> None:
+        self._counted = None
 
     def observe_hits(self, expert_hits: Tensor | Sequence[float], expert_accesses: Tensor | Sequence[float]) -> None:
         """Take in how many cache accesses [E] each expert had, and how many of them were hits [E]."""
@@ -79,7 +123,11 @@ class PiKVRouter(Router):
         return logits_TE.gather(-1, experts_TK).softmax(-1), experts_TK
 
     def get_stats(self) -> dict[str, Any]:
+        measured = (
+            None if self._counted is None else float(self._counted[0].sum() / self._counted[1].sum().clamp(min=1))
+        )
         return {
+            "expert_hit_rate": measured,
             "hit_rate": _or_none(self.hits / self.accesses),
             "latency_s": _or_none(self.latency_sum_s / self.latency_count),
         }
@@ -94,6 +142,10 @@ class PiKVRouter(Router):
                 f"{name}: expected one number for each of {self.num_experts} experts, got {list(values_E.shape)}"
             )
         return values_E
+
+
+def _plus(sums: tuple[Tensor, Tensor] | None, hits_E: Tensor, accesses_E: Tensor) -> tuple[Tensor, Tensor]:
+    return (hits_E, accesses_E) if sums is None else (sums[0] + hits_E, sums[1] + accesses_E)
 
 
 def _or_mean(values_E: Tensor) -> Tensor:

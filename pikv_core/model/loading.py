@@ -70,28 +70,32 @@ def prepare(recipe: Recipe) -> torch.device:
 
 def load_model(name: str, recipe: Recipe) -> LoadedModel:
     """Load what `find_model` finds, in the recipe's dtype on its device."""
+    device = prepare(recipe)
+    model = load_pretrained(name, "AutoModelForCausalLM", "auto" if recipe.dtype == "auto" else recipe.dtype)
+    return LoadedModel(model.to(device).eval(), load_pretrained(name, "AutoTokenizer"), find_model(name))
+
+
+def load_pretrained(name: str, auto_class: str, dtype: str | None = None) -> Any:
+    """Load a run folder, model folder or hub id by one of transformers' Auto classes.
+
+    dtype: of the weights, or "auto" for the stored one. Raises PiKVError where there is no such model.
+    """
     import huggingface_hub
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
     from transformers.utils.logging import disable_progress_bar
 
     import pikv_core.model  # noqa: F401  registers our own architecture
 
     disable_progress_bar()  # ours goes to stderr, and only on a terminal
     huggingface_hub.logging.set_verbosity_error()  # every retry would be a line; the error is ours to tell
-    device = prepare(recipe)
     source = find_model(name)
-    local = Path(source).is_dir()
-    dtype = "auto" if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        return getattr(transformers, auto_class).from_pretrained(source, **({"dtype": dtype} if dtype else {}))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        if local:
+        if Path(source).is_dir():
             raise PiKVError(f"{source}: cannot load the model: {reason}") from error
         raise PiKVError(
             f"model '{name}': no such folder, and the hub did not give it: {reason}",
             hint="check the name and the connection, or download it elsewhere and give the folder",
         ) from error
-    model.to(device)  # type: ignore[arg-type]
-    return LoadedModel(model.eval(), tokenizer, source)

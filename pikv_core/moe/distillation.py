@@ -37,7 +37,7 @@ def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 class HiddenMatch(nn.Module):
-    """How far a student's hidden states are from a teacher's; where the sizes differ, a learned projection goes between.
+    """How far a student's hidden states are from a teacher's, through a learned projection where the sizes differ.
 
     It serves training alone and is no part of the student.
     """

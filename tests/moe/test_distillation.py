@@ -1,4 +1,4 @@
-"""Distillation: the losses against their formulas in float64, the projection, and that evaluation knows nothing of it."""
+"""Distillation: the losses against their formulas in float64, the projection, and an evaluation without a trace."""
 
 import math
 

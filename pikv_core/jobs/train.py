@@ -19,6 +19,7 @@ from pikv_core.schema import TrainRecipe
 from pikv_core.training import hardware
 from pikv_core.training.checkpoint import drop_checkpoints
 from pikv_core.training.curriculum import Curriculum
+from pikv_core.training.distillation import Distillation
 from pikv_core.training.gates import gates_of
 from pikv_core.training.lessons import LESSONS
 from pikv_core.training.lessons.base import Lesson
@@ -58,7 +59,10 @@ def run(recipe: TrainRecipe, run: Run) -> TrainResult:
     backends = {**chosen.describe(), "optimizer": settings.optimizer, "weights": f"{num_weights:,}"}
     run.reporter.status(", ".join(f"{name} {value}" for name, value in backends.items()))
 
-    loop = Loop(run, model, lesson, gates, settings, chosen, curriculum, Optimizers(model, settings))
+    teach = settings.distill
+    distillation = None if teach is None else Distillation.load(teach, lesson, model, chosen)
+    optimizers = Optimizers(model, settings, [] if distillation is None else distillation.parameters())
+    loop = Loop(run, model, lesson, gates, settings, chosen, curriculum, optimizers, distillation)
     num_steps, tokens_per_s = loop.train()
     if curriculum.has_answers and not curriculum.mastered:
         run.reporter.status(

@@ -8,7 +8,14 @@ from pikv_core.schema.compress import CompressRecipe, MethodRecipe
 from pikv_core.schema.gen_data import GenDataRecipe
 from pikv_core.schema.generate import CacheRecipe, GenerateRecipe
 from pikv_core.schema.simulate import AttentionReplayRecipe, SimulateRecipe
-from pikv_core.schema.train import DuoGateSettings, ModelRecipe, TrainRecipe, TrainSettings
+from pikv_core.schema.train import (
+    DistillSettings,
+    DuoGateSettings,
+    LoRASettings,
+    ModelRecipe,
+    TrainRecipe,
+    TrainSettings,
+)
 
 RECIPES: dict[str, type[Recipe]] = {
     schema.model_fields["verb"].default: schema
@@ -20,9 +27,11 @@ __all__ = [
     "AttentionReplayRecipe",
     "CacheRecipe",
     "CompressRecipe",
+    "DistillSettings",
     "DuoGateSettings",
     "GenDataRecipe",
     "GenerateRecipe",
+    "LoRASettings",
     "MethodRecipe",
     "ModelRecipe",
     "Recipe",

@@ -100,10 +100,14 @@ class DistillSettings(Section):
 
     teacher: str  # a model folder, a run folder, or a hub id; of the same tokens
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    logits: Annotated[float, Field(ge=0)] = (
-        1.0  # weight of temperature² · KL(teacher, student) where answers are scored
-    )
+    logits: Annotated[float, Field(ge=0)] = 1.0  # weight of temperature²·KL(teacher, student) where answers are scored
     hidden: Annotated[float, Field(ge=0)] = 0.0  # weight of the relative squared error of the last hidden states
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> DistillSettings:
+        if self.logits == self.hidden == 0:
+            raise PydanticCustomError("sizes", "logits and hidden are both 0: there is nothing to learn of the teacher")
+        return self
 
 
 class TrainSettings(Section):

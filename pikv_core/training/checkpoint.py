@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Checkpoint:
     optimizers: list[dict[str, Any]]
     curriculum: dict[str, Any]
     random_state: torch.Tensor
+    beside: dict[str, torch.Tensor] = field(default_factory=dict)  # weights that are no part of the model
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -41,6 +42,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
                 "optimizers": checkpoint.optimizers,
                 "curriculum": checkpoint.curriculum,
                 "random_state": checkpoint.random_state,
+                "beside": checkpoint.beside,
             },
             temporary / STATE,
         )

@@ -19,6 +19,7 @@ from pikv_core.training.checkpoint import (
     save_checkpoint,
 )
 from pikv_core.training.curriculum import Curriculum
+from pikv_core.training.distillation import Distillation
 from pikv_core.training.gates import Gates
 from pikv_core.training.hardware import Hardware
 from pikv_core.training.interrupt import Interrupt
@@ -39,6 +40,7 @@ class Loop:
     hardware: Hardware
     curriculum: Curriculum
     optimizers: Optimizers
+    distillation: Distillation | None = None
 
     def train(self) -> tuple[int, float]:
         """Run all steps that are left; return their total number and this process's tokens per second."""
@@ -62,10 +64,15 @@ class Loop:
 
     def _step(self, step: int, tokens_per_s: float) -> int:
         length, lr = self.curriculum.length(step), self.curriculum.lr(step)
+        is_logged = (step + 1) % self.settings.log_every == 0
+        if is_logged:
+            self.gates.reset()  # what is told is of this step alone, so that a resumed run tells the same
         batch = self.lesson.batch(self.run.recipe.seed, step, length)
         with self.hardware.autocast():
             done = self.lesson.step(self.model, batch)
             losses = done.losses | self.gates.losses(done.outputs, done.mask)
+            if self.distillation is not None:
+                losses |= self.distillation.losses(self.lesson, batch, done)
             total = torch.stack(list(losses.values())).sum()
         total.backward()
         value = total.item()
@@ -81,7 +88,7 @@ class Loop:
         self.run.reporter.progress(
             f"training: step {step + 1}, length {length}, loss {value:.3f}", step + 1, self.settings.max_steps
         )
-        if (step + 1) % self.settings.log_every == 0:
+        if is_logged:
             values = {
                 "train/loss": value,
                 **{f"train/loss/{name}": loss.item() for name, loss in losses.items()},
@@ -93,7 +100,6 @@ class Loop:
             if done.accuracy is not None:
                 values |= {"train/accuracy": done.accuracy, "train/accuracy_average": self.curriculum.accuracy}
             self.run.telemetry.metrics(step + 1, values | router_values(self.gates.statistics()))
-            self.gates.reset()
         return self.lesson.num_tokens(batch)
 
     def _save(self, step: int) -> None:
@@ -105,6 +111,7 @@ class Loop:
                 self.optimizers.state_dict(),
                 self.curriculum.state_dict(),
                 torch.get_rng_state(),
+                {} if self.distillation is None else self.distillation.state_dict(),
             ),
         )
 
@@ -124,6 +131,8 @@ class Loop:
             self.model.load_state_dict(checkpoint.weights)
             self.optimizers.load_state_dict(checkpoint.optimizers)
             self.curriculum.load_state_dict(checkpoint.curriculum)
+            if self.distillation is not None:
+                self.distillation.load_state_dict(checkpoint.beside)
         except (ValueError, TypeError, RuntimeError, KeyError) as error:
             raise PiKVError(
                 f"{self.run.folder}: the checkpoint does not fit the run's recipe: {str(error).splitlines()[0]}",

@@ -22,13 +22,15 @@ BETAS = (0.9, 0.95)
 class Optimizers:
     """One step, one learning rate and one state over all optimizers of a model."""
 
-    def __init__(self, model: Any, settings: TrainSettings):
+    def __init__(self, model: Any, settings: TrainSettings, beside: Iterable[Tensor] = ()):
+        """Take the weights of a model that learn, and those of what learns beside it."""
         self._clip_norm = settings.clip_norm
-        self._weights = [weight for weight in model.parameters() if weight.requires_grad]
+        beside = list(beside)
+        self._weights = [*(weight for weight in model.parameters() if weight.requires_grad), *beside]
         decay = settings.weight_decay
         ends = (getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output"))
         outside = {id(module.weight) for module in ends if module is not None}
-        groups: dict[str, list[Tensor]] = {"muon": [], "experts": [], "decayed": [], "plain": []}
+        groups: dict[str, list[Tensor]] = {"muon": [], "experts": [], "decayed": beside, "plain": []}
         for name, weight in model.named_parameters():
             if not weight.requires_grad:
                 continue

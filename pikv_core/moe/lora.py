@@ -51,6 +51,7 @@ class LoRAExperts(nn.Module):
         self.num_experts = num_experts
         self.backend = backend
         self.scaling = alpha / rank
+        self.train_base = train_base
         self.gate_up_proj = nn.Parameter(torch.empty(2 * expert_size, hidden_size), requires_grad=train_base)
         self.down_proj = nn.Parameter(torch.empty(hidden_size, expert_size), requires_grad=train_base)
         self.gate_up_A = nn.Parameter(torch.empty(num_experts, rank, hidden_size))
@@ -64,19 +65,20 @@ class LoRAExperts(nn.Module):
         """Return Σ_k weights[t, k]·expert[experts[t, k]](x[t]) for x [T, D]."""
         dtype, backend = compute_dtype(x), self.chosen_backend(x.device)
         x_TD = x.to(dtype)
+        base_gate_up, base_down = self._base()
         with torch.autocast(x.device.type, enabled=False):
             if backend == "reference":
                 gate_up, down = self._merged_weights()
                 return dense_sum(x_TD, weights, experts, gate_up.to(dtype), down.to(dtype)).to(x.dtype)
             choices_P, places_N, rows_E = sort_by_expert(experts, self.num_experts, backend)
             tokens_P = choices_P // experts.shape[1]
-            shared_PF = F.linear(x_TD, self.gate_up_proj.to(dtype)).index_select(0, tokens_P)
+            shared_PF = F.linear(x_TD, base_gate_up.to(dtype)).index_select(0, tokens_P)
             sorted_PD = x_TD.index_select(0, tokens_P)
             hidden_PF = swiglu(shared_PF + self._low_rank(sorted_PD, self.gate_up_A, self.gate_up_B, rows_E))
             # What follows is linear, so the choice's weight may come before it.
             hidden_PF = hidden_PF * weights.to(dtype).reshape(-1)[choices_P, None]
             own_PD = self._low_rank(hidden_PF, self.down_A, self.down_B, rows_E)
-            shared_TD = F.linear(_sum_choices(hidden_PF, places_N, experts.shape), self.down_proj.to(dtype))
+            shared_TD = F.linear(_sum_choices(hidden_PF, places_N, experts.shape), base_down.to(dtype))
             return (shared_TD + _sum_choices(own_PD, places_N, experts.shape)).to(x.dtype)
 
     def chosen_backend(self, device: torch.device) -> str:
@@ -102,8 +104,14 @@ class LoRAExperts(nn.Module):
         }
 
     def _merged_weights(self) -> tuple[Tensor, Tensor]:
-        gate_up_EFD = self.gate_up_proj + self.scaling * self.gate_up_B @ self.gate_up_A
-        return gate_up_EFD, self.down_proj + self.scaling * self.down_B @ self.down_A
+        gate_up, down = self._base()
+        gate_up_EFD = gate_up + self.scaling * self.gate_up_B @ self.gate_up_A
+        return gate_up_EFD, down + self.scaling * self.down_B @ self.down_A
+
+    def _base(self) -> tuple[Tensor, Tensor]:
+        """Return the shared weights; where they are not to learn they get no gradient, however they were loaded."""
+        weights = (self.gate_up_proj, self.down_proj)
+        return weights if self.train_base else (weights[0].detach(), weights[1].detach())
 
     def _low_rank(self, x_PI: Tensor, A_ERI: Tensor, B_EOR: Tensor, rows_E: Tensor) -> Tensor:
         """Return (alpha/rank)·B_e·A_e·x [P, O] for rows sorted by expert."""

@@ -1,6 +1,6 @@
 """A linear classifier of bags of words: how far a text classifier gets without a model.
 
-Softmax regression on tf-idf rows of unit length, L2 weight 1/N, by Nesterov's accelerated gradient.
+Softmax regression on tf-idf rows of unit length, L2 weight 1/N.
 Shapes: N texts, V words and a bias, C classes.
 """
 
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pikv_core.data.nesterov import minimise
 
 NUM_WORDS = 2000  # that are in most training texts
 MOST_TEXTS = 4000  # that are fitted to; the first ones, and this many are predicted at a time
@@ -47,11 +49,8 @@ def fit(texts: Sequence[str], labels: NDArray[np.int64], num_classes: int) -> Ba
     rarity = 1 + np.log((1 + len(texts)) / (1 + np.array([in_texts[word] for word in kept], np.float64)))
     inputs, targets = features(texts, columns, rarity), np.eye(num_classes)[labels]
     decay = 1 / len(texts)
-    weight = ahead = np.zeros((inputs.shape[1], num_classes))
-    momentum = (1 - np.sqrt(decay / CURVATURE)) / (1 + np.sqrt(decay / CURVATURE))
-    for _ in range(STEPS):
-        stepped = ahead - loss_and_gradient(ahead, inputs, targets, decay)[1] / (CURVATURE + decay)
-        weight, ahead = stepped, stepped + momentum * (stepped - weight)
+    start = np.zeros((inputs.shape[1], num_classes))
+    weight = minimise(lambda at: loss_and_gradient(at, inputs, targets, decay)[1], start, CURVATURE, decay, STEPS)
     return BagOfWords(columns, rarity, weight)
 
 

@@ -8,23 +8,40 @@ from __future__ import annotations
 import functools
 import platform
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pikv_core.data import TASKS, bag_of_words, json_lines, stdlib_text, strata, text_files
+from pikv_core.data import (
+    TASKS,
+    bag_of_words,
+    classification_source,
+    json_lines,
+    stdlib_text,
+    strata,
+    text_files,
+)
+from pikv_core.data.class_f1 import f1_by_class
+from pikv_core.data.classification_source import OPTIONS, SPLITS, ClassificationSource
 from pikv_core.data.corpus import DESCRIPTION
+from pikv_core.data.manifest import agree, read_manifest, read_options
+from pikv_core.data.tokenizer import MIN_BPE_TOKENS
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.files import write_json
 from pikv_core.runs import Reporter
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 HIDDEN = "<module>"
+ALL_SAMPLES = 1_000_000  # more than the standard library has
 
 Labelled = Sequence[tuple[str, str]]  # text, label
 Indices = NDArray[np.intp]
@@ -37,6 +54,33 @@ class Classification:
     hide_names: bool = True  # of the modules, in the texts; text of users stays as it is
     label_column: str = "label"  # of the jsonl and parquet files of users
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of each class
+    vocab_size: Annotated[int, Field(ge=MIN_BPE_TOKENS)] = 2048  # tokens at most, of a model that is trained
+
+    def open(
+        self,
+        path: str | None,
+        seed: int,
+        text: list[str],
+        column: str | None,
+        reporter: Reporter,
+        *,
+        tokenizer: Tokenizer | None = None,
+    ) -> ClassificationSource:
+        """Return the source: from a folder of gen-data at `path`, or made on the spot of all samples there are.
+
+        tokenizer: in place of one that is trained on the training split.
+        """
+        if path is None:
+            with tempfile.TemporaryDirectory() as temporary:
+                self.write(Path(temporary), ALL_SAMPLES, seed, text, column, reporter)
+                return classification_source.read(Path(temporary), self, tokenizer, reporter)
+        if text or column is not None:
+            raise UsageError(f"text: the data in {path} bring their own", hint="drop the text, or the path")
+        folder = Path(path)
+        read_manifest(folder, "classification")
+        written = read_options(folder / OPTIONS, Classification)
+        agree(self, written, folder / OPTIONS)
+        return classification_source.read(folder, written, tokenizer, reporter)
 
     def write(
         self,
@@ -68,11 +112,12 @@ class Classification:
         labels = np.array([classes.index(label) for _, label in kept])
         split = self.split(labels, num_samples, seed)
         files = {}
-        for name, part in zip(("train", "test"), split, strict=True):
+        for name, part in zip(SPLITS, split, strict=True):
             file = f"samples.{name}.jsonl"
             rows = ({"text": texts[index], "label": classes[labels[index]]} for index in part)
             files[file] = json_lines.write(rows, folder / file)
         reporter.status("fitting a linear classifier for comparison")
+        write_json(folder / OPTIONS, asdict(self))
         write_json(folder / DESCRIPTION, self.describe(source, texts, labels, classes, split))
         return files
 
@@ -92,13 +137,14 @@ class Classification:
         classes: list[str],
         split: tuple[Indices, Indices],
     ) -> dict[str, Any]:
-        """Return what the manifest says: classes, their samples by split, and the test accuracy without a model."""
+        """Return what the manifest says: classes, their samples by split, and the test scores without a model."""
         train, test = split
         counts = [np.bincount(labels[part], minlength=len(classes)) for part in split]
         # In a drawn order, as only the first are fitted to.
         drawn = np.random.default_rng(0).permutation(train)
         linear = bag_of_words.fit([texts[index] for index in drawn], labels[drawn], len(classes))
         guesses = linear.predict([texts[index] for index in test])
+        expected = [classes[label] for label in labels[test]]
         return {
             "source": source,
             "classes": {
@@ -109,10 +155,19 @@ class Classification:
             "num_train": len(train),
             "num_test": len(test),
             "baselines": {
-                "majority_accuracy": float(np.mean(labels[test] == counts[0].argmax())),
-                "bag_of_words_accuracy": float(np.mean(labels[test] == guesses)),
+                f"{name}_{measure}": value
+                for name, given in (("majority", np.full(len(test), counts[0].argmax())), ("bag_of_words", guesses))
+                for measure, value in scores([classes[one] for one in given], expected).items()
             },
         }
+
+
+def scores(given: list[str], expected: list[str]) -> dict[str, float]:
+    """Return the share of right labels, and the F1 averaged over the classes."""
+    return {
+        "accuracy": float(np.mean([one == other for one, other in zip(given, expected, strict=True)])),
+        "f1": float(np.mean(list(f1_by_class(given, expected).values()))),
+    }
 
 
 @functools.cache

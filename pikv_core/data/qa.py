@@ -5,35 +5,32 @@ The answer is `context[start : start + len(answer)]`; no context is in both spli
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from pikv_core.data import TASKS, json_lines, parameters, source_options, stories, text_files
-from pikv_core.data.answers import exact_match, token_f1
+from pikv_core.data import TASKS, json_lines, parameters, qa_source, source_options, stories, text_files
 from pikv_core.data.corpus import DESCRIPTION
+from pikv_core.data.manifest import agree, read_manifest, read_options
+from pikv_core.data.qa_rows import Row, rules_of_docstrings, rules_of_stories, score
+from pikv_core.data.qa_source import OPTIONS, SPLITS, QASource
+from pikv_core.data.tokenizer import MIN_BPE_TOKENS
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.files import write_json
 from pikv_core.runs import Reporter
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+OF_STORIES = ["num_facts", "num_distractors", "fewest_facts", "num_people", "num_places", "num_things"]
+MADE_NOW = 20_000  # samples
 TRIES = 100  # to draw a story that was not told before
 Number = Annotated[int, Field(ge=stories.LEAST, le=stories.MOST)]
-
-
-@dataclass(frozen=True)
-class Row:
-    """context: a story or a docstring. start: the character at which the answer begins. kind: of the question."""
-
-    context: str
-    question: str
-    answer: str
-    start: int
-    kind: str
 
 
 @TASKS.register("qa")
@@ -42,14 +39,47 @@ class QA:
     source: Literal["stories", "docstrings"] = "stories"
     num_facts: Annotated[int, Field(ge=1)] = 10  # of a story, a sentence each
     num_distractors: Annotated[int, Field(ge=0)] = 5  # sentences among them that change nothing
+    fewest_facts: Annotated[int, Field(ge=1)] | None = None  # of a story of the training split, drawn from here up to
+    # num_facts and its distractors in proportion, so that one can begin with short ones; by default all are as long
     num_people: Number = 4
     num_places: Number = 6
     num_things: Number = 4
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    vocab_size: Annotated[int, Field(ge=MIN_BPE_TOKENS)] = 2048  # tokens at most, of a model that is trained
 
     def __post_init__(self) -> None:
         if self.source == "docstrings":
-            source_options.refuse(self, ["num_facts", "num_distractors", "num_people", "num_places", "num_things"])
+            source_options.refuse(self, OF_STORIES)
+        if self.fewest_facts is not None and self.fewest_facts > self.num_facts:
+            raise UsageError(
+                f"fewest_facts: {self.fewest_facts} exceeds num_facts, {self.num_facts}", hint="lower fewest_facts"
+            )
+
+    def open(
+        self,
+        path: str | None,
+        seed: int,
+        text: list[str],
+        column: str | None,
+        reporter: Reporter,
+        *,
+        tokenizer: Tokenizer | None = None,
+    ) -> QASource:
+        """Return the source: from a folder of gen-data at `path`, or of 20,000 stories, or all docstrings, made now.
+
+        tokenizer: in place of one that is trained on the training split.
+        """
+        if path is None:
+            with tempfile.TemporaryDirectory() as temporary:
+                self.write(Path(temporary), MADE_NOW, seed, text, column, reporter)
+                return qa_source.read(Path(temporary), self, tokenizer, reporter)
+        if text or column is not None:
+            raise UsageError(f"text: the data in {path} bring their own", hint="drop the text, or the path")
+        folder = Path(path)
+        read_manifest(folder, "qa")
+        written = read_options(folder / OPTIONS, QA)
+        agree(self, written, folder / OPTIONS)
+        return qa_source.read(folder, written, tokenizer, reporter)
 
     def write(
         self,
@@ -65,9 +95,11 @@ class QA:
         reporter.status(f"{'drawing' if self.source == 'stories' else 'reading'} {self.source}")
         split = (self.draw if self.source == "stories" else self.read)(num_samples, seed)
         files = {}
-        for name, rows in zip(("train", "test"), split, strict=True):
+        for name, rows in zip(SPLITS, split, strict=True):
             file = f"samples.{name}.jsonl"
             files[file] = json_lines.write(map(vars, rows), folder / file)
+        reporter.status("fitting a linear reader for comparison")
+        write_json(folder / OPTIONS, asdict(self))
         write_json(folder / DESCRIPTION, self.describe(*split))
         return files
 
@@ -78,7 +110,8 @@ class QA:
         parts = []
         for stream, number in enumerate((num_samples - num_test, num_test)):
             rng = np.random.default_rng([seed, stream])
-            parts.append([self._fresh(rng, told) for _ in range(number)])
+            fewest = None if stream else self.fewest_facts
+            parts.append([self._fresh(rng, told, fewest) for _ in range(number)])
         return parts[0], parts[1]
 
     def read(self, num_samples: int, seed: int) -> tuple[list[Row], list[Row]]:
@@ -103,6 +136,7 @@ class QA:
     def describe(self, train: list[Row], test: list[Row]) -> dict[str, Any]:
         """Return what the manifest says: samples by kind and split, and the test scores without a model."""
         counts = [Counter(row.kind for row in rows) for rows in (train, test)]
+        rules = rules_of_stories(train) if self.source == "stories" else rules_of_docstrings(train)
         return {
             "source": self.source,
             "kinds": {
@@ -111,22 +145,7 @@ class QA:
             },
             "num_train": len(train),
             "num_test": len(test),
-            "baselines": {name: score(guess, test) for name, guess in self.guesses(train).items()},
-        }
-
-    def guesses(self, train: list[Row]) -> dict[str, Callable[[Row], str]]:
-        """Return rules that answer without reading the question or without understanding the context."""
-        most = _most_frequent([row.answer for row in train])
-        rules: dict[str, Callable[[Row], str]] = {"most_frequent_answer": lambda row: most}
-        if self.source == "stories":
-            return {**rules, "last_mentioned_place": lambda row: stories.last_place(row.context)}
-        answers: dict[str, list[str]] = {}
-        for row in train:
-            answers.setdefault(_quoted(row), []).append(row.answer)
-        return {
-            **rules,
-            "most_frequent_of_the_parameter": lambda row: _most_frequent(answers.get(_quoted(row), [most])),
-            "rest_of_the_line": lambda row: row.context.partition(_quoted(row))[2].split("\n")[0],
+            "baselines": {name: score(guess, test) for name, guess in rules.items()},
         }
 
     def _num_test(self, number: int) -> int:
@@ -135,11 +154,13 @@ class QA:
             raise UsageError(f"num_samples: too few for two splits, with {num_test} for the test: got {number}")
         return num_test
 
-    def _fresh(self, rng: np.random.Generator, told: set[str]) -> Row:
+    def _fresh(self, rng: np.random.Generator, told: set[str], fewest: int | None) -> Row:
         """Draw a story that is not among those told, and add it to them."""
-        sizes = (self.num_facts, self.num_distractors, self.num_people, self.num_places, self.num_things)
+        cast = (self.num_people, self.num_places, self.num_things)
         for _ in range(TRIES):
-            context, asked = stories.draw(rng, *sizes)
+            facts = self.num_facts if fewest is None else int(rng.integers(fewest, self.num_facts + 1))
+            distractors = round(self.num_distractors * facts / self.num_facts)
+            context, asked = stories.draw(rng, facts, distractors, *cast)
             if context not in told:
                 told.add(context)
                 return Row(context, asked.text, asked.answer.word, asked.answer.start, asked.kind)
@@ -147,27 +168,3 @@ class QA:
             f"after {len(told)} stories, {TRIES} more brought nothing new",
             hint="ask for fewer samples, or for more facts or distractors (task.num_facts)",
         )
-
-
-def score(guess: Callable[[Row], str], rows: list[Row]) -> dict[str, Any]:
-    """Return a rule's exact match and token F1, overall, and its exact match by kind."""
-    matches = [exact_match(guess(row), row.answer) for row in rows]
-    kinds = sorted({row.kind for row in rows})
-    return {
-        "exact_match": float(np.mean(matches)),
-        "token_f1": float(np.mean([token_f1(guess(row), row.answer) for row in rows])),
-        "exact_match_by_kind": {
-            kind: float(np.mean([match for match, row in zip(matches, rows) if row.kind == kind])) for kind in kinds
-        },
-    }
-
-
-def _most_frequent(answers: list[str]) -> str:
-    """Return the most frequent answer, of equals the first in the alphabet."""
-    counts = Counter(answers)
-    return min(counts, key=lambda answer: (-counts[answer], answer))
-
-
-def _quoted(row: Row) -> str:
-    """Return the parameter that a question asks for."""
-    return row.question.split("'")[1]

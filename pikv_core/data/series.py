@@ -9,7 +9,8 @@ Shapes: N windows, C values of context, H steps ahead, T values of the series.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import tempfile
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,16 +19,21 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pikv_core.data import TASKS, real_series, source_options, strata, tensor_files, text_files
+from pikv_core.data import TASKS, real_series, series_source, source_options, strata, tensor_files, text_files
 from pikv_core.data.corpus import DESCRIPTION
+from pikv_core.data.manifest import agree, read_manifest, read_options
 from pikv_core.data.naive import errors, naive, seasonal_naive
 from pikv_core.data.real_series import Record
+from pikv_core.data.series_source import OPTIONS, SeriesSource
 from pikv_core.errors import UsageError
 from pikv_core.files import write_json
 from pikv_core.runs import Reporter
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
+
+OF_TRAINING = ("anchor", "jitter", "stretch", "validation_share")
+ON_THE_SPOT = 2500  # windows at most: more than any real series has
 
 
 @TASKS.register("series")
@@ -42,6 +48,12 @@ class Series:
     trend: float = 0.01  # a step
     amplitude: NotNegative = 1.0  # standard deviation of the season
     noise: NotNegative = 0.3  # standard deviation
+    # Of training alone:
+    anchor: Literal["none", "last", "season"] = "season"  # what predictions are added to; "last" without a whole season
+    jitter: NotNegative = 0.0  # standard deviation of noise on the values, in those of their context
+    stretch: NotNegative = 0.0  # of time, by a factor from exp(-stretch) to exp(stretch): seasons of other lengths
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the training windows, the last, to measure on in
+    # place of the test split, and to choose settings by
 
     def __post_init__(self) -> None:
         if self.source != "synthetic":
@@ -51,6 +63,25 @@ class Series:
     def num_steps(self) -> int:
         """The H of `future`."""
         return max(self.horizons)
+
+    def open(
+        self, path: str | None, seed: int, text: list[str], column: str | None, reporter: Reporter
+    ) -> SeriesSource:
+        """Return the source: from a folder of gen-data at `path`, or made on the spot."""
+        if path is None:
+            with tempfile.TemporaryDirectory() as temporary:
+                self._of_data().write(Path(temporary), ON_THE_SPOT, seed, text, column, reporter)
+                return series_source.read(Path(temporary), self)
+        text_files.refuse("series", text, column)
+        folder = Path(path)
+        read_manifest(folder, "series")
+        written = read_options(folder / OPTIONS, Series)
+        agree(self._of_data(), written, folder / OPTIONS)
+        return series_source.read(folder, replace(written, **{name: getattr(self, name) for name in OF_TRAINING}))
+
+    def _of_data(self) -> Series:
+        """Return the task without what is of training alone."""
+        return replace(self, **{field.name: field.default for field in fields(self) if field.name in OF_TRAINING})
 
     def write(
         self,
@@ -63,6 +94,8 @@ class Series:
     ) -> dict[str, int]:
         """Write one safetensors file a split, num_samples windows together or all there are, and corpus.json."""
         text_files.refuse("series", text, column)
+        if self != self._of_data():
+            raise UsageError(f"{', '.join(OF_TRAINING)}: nothing of the data depends on these", hint="give them to train")
         # A training window ends before the first test future: so many of T values begin no window of either split.
         unused = self.context_length + 2 * self.num_steps - 2
         if self.source == "synthetic":
@@ -73,7 +106,7 @@ class Series:
         starts = self.split(num_windows, num_samples, np.random.default_rng([seed, 2]))
         files = {}
         for split, start in starts.items():
-            file = f"series.{split}.safetensors"
+            file = series_source.file_of(split)
             tensors = {**self.windows(record.values, start), "start": record.days[start].astype(np.int64)}
             tensor_files.save(tensors, folder / file)
             files[file] = len(start)
@@ -91,6 +124,7 @@ class Series:
             "num_test": len(starts["test"]),
             "baselines": self.baselines(record, signal, starts["test"]),
         }
+        write_json(folder / OPTIONS, asdict(self))
         write_json(folder / DESCRIPTION, description)
         return files
 

@@ -27,3 +27,16 @@ def save(tensors: Mapping[str, NDArray[Any]], path: Path) -> None:
         except SafetensorError as error:
             raise PiKVError(f"{path}: cannot be written: {error}") from error
         temporary.chmod(mode)
+
+
+def load(path: Path) -> dict[str, NDArray[Any]]:
+    """Return the tensors of a file by name; raise PiKVError where it cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise PiKVError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise PiKVError(f"{path}: no safetensors file: {error}") from error

@@ -12,6 +12,7 @@ from pydantic import Field
 from pikv_core.data import TASKS, corpus, tokenizer, tokens
 from pikv_core.data.manifest import agree, read_manifest, read_options
 from pikv_core.data.source import Batch
+from pikv_core.data.tokenizer import load as load_tokenizer
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.files import write_json
 
@@ -30,17 +31,29 @@ class Text:
 
     vocab_size: Annotated[int, Field(ge=tokenizer.MIN_BPE_TOKENS)] = 4096  # tokens at most
 
-    def open(self, path: str | None, seed: int, text: list[str], column: str | None, reporter: Reporter) -> TextSource:
-        """Return the source: from a folder of gen-data at `path`, or made on the spot."""
+    def open(
+        self,
+        path: str | None,
+        seed: int,
+        text: list[str],
+        column: str | None,
+        reporter: Reporter,
+        *,
+        tokenizer: Tokenizer | None = None,
+    ) -> TextSource:
+        """Return the source: from a folder of gen-data at `path`, or made on the spot.
+
+        tokenizer: in place of one that is trained on the text; a folder keeps its own.
+        """
         if path is None:
-            return self._make(corpus.load(text, column, seed, reporter), reporter)
+            return self._make(corpus.load(text, column, seed, reporter), reporter, tokenizer)
         if text or column is not None:
             raise UsageError(f"text: the data in {path} bring their own", hint="drop the text, or the path")
         folder = Path(path)
         read_manifest(folder, "text")
         written = read_options(folder / OPTIONS, Text)
         agree(self, written, folder / OPTIONS)
-        return TextSource(written, tokenizer.load(folder / "tokenizer"), corpus.load_streams(folder))
+        return TextSource(written, load_tokenizer(folder / "tokenizer"), corpus.load_streams(folder))
 
     def write(
         self,
@@ -61,10 +74,11 @@ class Text:
         write_json(folder / OPTIONS, asdict(self))
         return corpus.save(documents, source.streams, folder)
 
-    def _make(self, documents: corpus.Corpus, reporter: Reporter) -> TextSource:
-        reporter.status(f"training a tokenizer on {len(documents.train)} documents")
-        trained = tokenizer.train_bpe(documents.train, self.vocab_size)
-        return TextSource(self, trained, corpus.encode(documents, trained))
+    def _make(self, documents: corpus.Corpus, reporter: Reporter, given: Tokenizer | None = None) -> TextSource:
+        if given is None:
+            reporter.status(f"training a tokenizer on {len(documents.train)} documents")
+            given = tokenizer.train_bpe(documents.train, self.vocab_size)
+        return TextSource(self, given, corpus.encode(documents, given))
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,22 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 DOCUMENTS_AT_A_TIME = 1000
+ENDS = (EOS, "</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>")  # of ours, and of others
 
 
 def encode(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
-    """Return the token ids of all documents, uint16 [N] where the vocabulary allows, else uint32."""
+    """Return the token ids of all documents, uint16 [N] where the vocabulary allows, else uint32.
+
+    A tokenizer that knows none of ENDS leaves documents one after the other.
+    """
     kind = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
-    eos = tokenizer.token_to_id(EOS)
+    end = [number for word in ENDS if (number := tokenizer.token_to_id(word)) is not None][:1]
     parts = []
     for start in range(0, len(documents), DOCUMENTS_AT_A_TIME):
-        for encoding in tokenizer.encode_batch_fast(documents[start : start + DOCUMENTS_AT_A_TIME]):
-            parts.append(np.asarray([*encoding.ids, eos], kind))
+        for encoding in tokenizer.encode_batch_fast(
+            documents[start : start + DOCUMENTS_AT_A_TIME], add_special_tokens=False
+        ):
+            parts.append(np.asarray([*encoding.ids, *end], kind))
     return np.concatenate(parts)
 
 

@@ -10,7 +10,8 @@ Shapes: N samples, P patches, C numbers a patch, M modalities, F features.
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import dataclass
+import tempfile
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,8 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pikv_core.data import TASKS, extra, source_options, strata, tensor_files, text_files
+from pikv_core.data import TASKS, extra, source_options, strata, tensor_files, text_files, vision_source
 from pikv_core.data.corpus import DESCRIPTION
+from pikv_core.data.manifest import agree, read_manifest, read_options
+from pikv_core.data.vision_source import OPTIONS, SPLITS, VisionSource
 from pikv_core.errors import UsageError
 from pikv_core.files import write_json
 from pikv_core.runs import Reporter
@@ -27,6 +30,11 @@ from pikv_core.runs import Reporter
 PIXELS = 8  # a side
 LARGEST = 16.0  # value of a pixel
 MODALITIES = ("mean", "error", "worst")
+
+OF_DIGITS = ["patch", "augment"]
+OF_MODALITIES = ["missing_share", "missing", "hide_share"]
+OF_TRAINING = ["augment", "missing", "hide_share"]
+ALL_SAMPLES = 10_000  # more than any source has
 
 Split = tuple[NDArray[np.intp], NDArray[np.intp]]  # training, test
 Tensors = dict[str, NDArray[Any]]
@@ -49,9 +57,34 @@ class Vision:
     patch: Literal[1, 2, 4, 8] = 2  # pixels a side, of digits
     missing_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # chance that a modality of a sample is missing
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    # Of training alone:
+    augment: bool = True  # whether digits are turned, stretched and shifted a little, with some noise
+    # What stands for a missing modality: a learned vector, or zeros. "drop": zeros, training on complete samples alone.
+    missing: Literal["bank", "zero", "drop"] = "bank"
+    hide_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # chance that a modality that is there is hidden for a step
 
     def __post_init__(self) -> None:
-        source_options.refuse(self, ["missing_share"] if self.source == "digits" else ["patch"])
+        source_options.refuse(self, OF_MODALITIES if self.source == "digits" else OF_DIGITS)
+
+    def open(
+        self, path: str | None, seed: int, text: list[str], column: str | None, reporter: Reporter
+    ) -> VisionSource:
+        """Return the source: from a folder of gen-data at `path`, or made on the spot of all samples there are."""
+        if path is None:
+            with tempfile.TemporaryDirectory() as temporary:
+                self._of_data().write(Path(temporary), ALL_SAMPLES, seed, text, column, reporter)
+                return vision_source.read(Path(temporary), self)
+        text_files.refuse("vision", text, column)
+        folder = Path(path)
+        read_manifest(folder, "vision")
+        written = read_options(folder / OPTIONS, Vision)
+        agree(self._of_data(), written, folder / OPTIONS)
+        return vision_source.read(folder, replace(written, **{name: getattr(self, name) for name in OF_TRAINING}))
+
+    def _of_data(self) -> Vision:
+        """Return the task without what is of training alone."""
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in OF_TRAINING}
+        return replace(self, **defaults)
 
     def write(
         self,
@@ -64,6 +97,10 @@ class Vision:
     ) -> dict[str, int]:
         """Write one safetensors file a split, num_samples together or all there are, and corpus.json."""
         text_files.refuse("vision", text, column)
+        if self != self._of_data():
+            raise UsageError(
+                f"{', '.join(OF_TRAINING)}: nothing of the data depends on these", hint="give them to train"
+            )
         found = read(self.source)
         values, labels = found.values, found.labels
         kept = min(num_samples, len(labels))
@@ -73,13 +110,15 @@ class Vision:
         split = strata.split(labels, kept, num_test, np.random.default_rng([seed, 0]))
         if self.source == "digits":
             tensors: Tensors = {"patches": patches(values, self.patch)}
+            described: dict[str, Any] = {}
         else:
             present = draw_present(np.random.default_rng([seed, 1]), values.shape[:2], self.missing_share)
             tensors = modalities(values, present, split[0])
+            described = {name: part.tolist() for name, part in zip(("mean", "spread"), moments(values, split[0]))}
         tensors["labels"] = labels
         files = {}
-        for name, part in zip(("train", "test"), split, strict=True):
-            file = f"vision.{name}.safetensors"
+        for name, part in zip(SPLITS, split, strict=True):
+            file = vision_source.file_of(name)
             tensor_files.save({key: tensor[part] for key, tensor in tensors.items()}, folder / file)
             files[file] = len(part)
         description = {
@@ -89,7 +128,9 @@ class Vision:
             "num_train": len(split[0]),
             "num_test": num_test,
             "baselines": baselines(tensors, split),
+            **described,
         }
+        write_json(folder / OPTIONS, asdict(self))
         write_json(folder / DESCRIPTION, description)
         return files
 
@@ -118,14 +159,20 @@ def modalities(values: NDArray[np.float64], present: NDArray[np.bool_], train: N
     The mean and the spread are those of the complete training split, so that the values do not depend on what is
     missing.
     """
-    spread = values[train].std(axis=0)
-    standard = (values - values[train].mean(axis=0)) / np.where(spread > 0, spread, 1)
+    mean, spread = moments(values, train)
+    standard = (values - mean) / spread
     bits = 2 ** np.arange(present.shape[1])
     return {
         "modalities": np.where(present[:, :, None], standard, 0).astype(np.float32),
         "present": present,
         "combination": (~present) @ bits,
     }
+
+
+def moments(values: NDArray[np.float64], train: NDArray[np.intp]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the mean and the spread [M,F] of values [N,M,F] over the samples `train`; a spread of 0 is told as 1."""
+    spread = values[train].std(axis=0)
+    return values[train].mean(axis=0), np.where(spread > 0, spread, 1)
 
 
 def baselines(tensors: Tensors, split: Split) -> dict[str, float]:

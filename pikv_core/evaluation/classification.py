@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pikv_core.data.class_f1 import f1_by_class
 from pikv_core.errors import UsageError
 
 
@@ -28,10 +29,6 @@ def score(given: Sequence[str], expected: Sequence[str]) -> Score:
     """
     if len(given) != len(expected) or not expected:
         raise UsageError(f"{len(given)} labels were given for {len(expected)} samples", hint="give one for each")
-    classes = sorted({*given, *expected})
-    number = {label: index for index, label in enumerate(classes)}
-    a, b = (np.array([number[label] for label in labels]) for labels in (given, expected))
-    right = np.bincount(a[a == b], minlength=len(classes))
-    f1 = 2 * right / (np.bincount(a, minlength=len(classes)) + np.bincount(b, minlength=len(classes)))
-    by_class = dict(zip(classes, f1.tolist(), strict=True))
-    return Score(float(np.mean(a == b)), float(f1.mean()), by_class, len(expected))
+    by_class = f1_by_class(given, expected)
+    accuracy = float(np.mean([one == other for one, other in zip(given, expected)]))
+    return Score(accuracy, float(np.mean(list(by_class.values()))), by_class, len(expected))

@@ -97,7 +97,12 @@ def test_labels_of_users_come_from_a_column(tmp_path: Path) -> None:
         found = write(tmp_path / f"out{number}", task, text=[str(path)], column="body")
         assert len(found["train"]) + len(found["test"]) == 60
         assert all(row["text"].startswith(KINDS[row["label"]]) for row in found["train"] + found["test"])
-        assert found["corpus"]["baselines"] == {"majority_accuracy": 0.5, "bag_of_words_accuracy": 1.0}
+        assert found["corpus"]["baselines"] == {
+            "majority_accuracy": 0.5,
+            "majority_f1": pytest.approx(1 / 3),
+            "bag_of_words_accuracy": 1.0,
+            "bag_of_words_f1": 1.0,
+        }
 
 
 KINDS = {"metal": "copper", "tree": "walnut"}

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pikv_core.data import parameters, stories
+from pikv_core.data import linear_spans, parameters, span_candidates, stories
 from pikv_core.data.qa import QA
+from pikv_core.data.qa_rows import Row
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.runs import Reporter
 
@@ -134,7 +135,7 @@ def test_baselines_of_stories_are_those_of_a_plain_count(drawn: dict[str, Any]) 
     most = min(counts, key=lambda word: (-counts[word], word))
     last = [[word for word in re.findall(r"\w+", row["context"]) if word in stories.PLACES][-1] for row in test]
     given = {"most_frequent_answer": [most] * len(test), "last_mentioned_place": last}
-    assert baselines.keys() == given.keys()
+    assert baselines.keys() == {*given, "linear_spans"}
     for name, answers in given.items():
         right = [one == row["answer"] for one, row in zip(answers, test)]
         assert baselines[name]["exact_match"] == baselines[name]["token_f1"] == np.mean(right)
@@ -146,6 +147,68 @@ def test_baselines_of_stories_are_those_of_a_plain_count(drawn: dict[str, Any]) 
 def test_docstrings_are_not_told_by_the_question_alone(read: dict[str, Any]) -> None:
     scores = {name: one["token_f1"] for name, one in read["corpus"]["baselines"].items()}
     assert scores["most_frequent_answer"] < scores["most_frequent_of_the_parameter"] < scores["rest_of_the_line"] < 0.9
+
+
+def test_the_linear_reader_finds_what_one_sentence_tells_and_the_layout_of_descriptions(
+    drawn: dict[str, Any], read: dict[str, Any]
+) -> None:
+    linear = drawn["corpus"]["baselines"]["linear_spans"]
+    by_kind = linear["exact_match_by_kind"]
+    assert min(by_kind["person"], by_kind["carrying"], by_kind["holder"]) > 0.7
+    assert by_kind["thing"] < 0.6  # it takes two sentences
+    scores = read["corpus"]["baselines"]
+    assert scores["rest_of_the_line"]["token_f1"] + 0.1 < scores["linear_spans"]["token_f1"] <= 1
+
+
+def test_the_gradient_of_the_linear_reader_is_that_of_its_loss() -> None:
+    rng = np.random.default_rng(0)
+    choices = linear_spans.Choices(
+        columns=np.array([0, 1, 2, 0, 3, 3, 1, 2]),
+        of_candidates=np.array([0, 2, 3, 5, 6]),  # features 01 2 | 03 3 12
+        of_questions=np.array([0, 2]),
+        right=np.array([1, 2]),
+    )
+    weight = rng.normal(size=4)
+    scores = [weight[0] + weight[1], weight[2], weight[0] + weight[3], weight[3], weight[1] + weight[2]]
+    expected = np.mean([np.log(np.exp(scores[:2]).sum()) - scores[1], np.log(np.exp(scores[2:]).sum()) - scores[2]])
+    loss, gradient = linear_spans.loss_and_gradient(weight, choices, 0.1)
+    assert loss == pytest.approx(expected + 0.05 * (weight**2).sum())
+    for place in range(4):
+        step = np.eye(4)[place] * 1e-6
+        up, down = (linear_spans.loss_and_gradient(weight + sign * step, choices, 0.1)[0] for sign in (1, -1))
+        assert gradient[place] == pytest.approx((up - down) / 2e-6, abs=1e-8)
+
+
+def test_a_linear_reader_with_nothing_to_choose_from_says_nothing() -> None:
+    row = Row("no such word", "Where is Mary?", "such", 3, "person")
+    reader = linear_spans.fit([row], span_candidates.words({"attic"}, {"Where", "is"}))
+    assert reader.answer(row) == ""
+
+
+def test_phrases_are_lines_sentences_and_blocks() -> None:
+    context = "Head.\n  x -- a number. More\n     of it\n  y: text"
+    found = span_candidates.phrases({"What"})(context, "What x")
+    assert [context[one.start : one.end] for one in found] == [
+        "Head.",
+        "Head.\n  x -- a number. More\n     of it\n  y: text",
+        "Head.",
+        "x -- a number. More",
+        "x -- a number. More\n     of it",
+        "x -- a number.",
+        "a number. More",
+        "a number. More\n     of it",
+        "a number.",
+        "of it",
+        "y: text",
+        "text",
+    ]
+
+
+def test_stories_to_learn_from_may_be_shorter_and_those_of_the_test_are_not(tmp_path: Path) -> None:
+    found = write(tmp_path, QA(num_facts=8, num_distractors=4, fewest_facts=1), num=300)
+    lengths = {split: {row["context"].count(".") for row in found[split]} for split in ("train", "test")}
+    assert lengths["test"] == {12}
+    assert lengths["train"] == {facts + round(facts / 2) for facts in range(1, 9)}
 
 
 DOCSTRING = '''
@@ -202,6 +265,7 @@ def test_too_few_stories_are_refused(tmp_path: Path) -> None:
         (lambda: QA(), {"text": ["x.txt"]}, "made without text"),
         (lambda: QA(), {"num": 1}, "too few for two splits"),
         (lambda: QA(source="docstrings"), {"num": 1}, "too few for two splits"),
+        (lambda: QA(num_facts=3, fewest_facts=4), {}, "fewest_facts: 4 exceeds num_facts, 3"),
         (lambda: QA(source="docstrings", num_facts=3), {}, "source 'docstrings' has no option 'num_facts'"),
     ],
 )

@@ -84,10 +84,10 @@ def test_the_seed_decides_every_byte(tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         write(tmp_path / name, seed=seed, source="modalities", missing_share=0.3)
     first, again, other = (
-        [file.read_bytes() for file in sorted((tmp_path / name).iterdir())] for name in ("a", "b", "c")
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("a", "b", "c")
     )
     assert first == again
-    assert all(one != two for one, two in zip(first[1:], other[1:], strict=True))
+    assert {name for name in first if first[name] == other[name]} == {"vision.json"}  # the options
 
 
 def test_modalities_hold_the_three_kinds_of_feature_standardised_on_the_training_split(tmp_path):

@@ -26,8 +26,8 @@ class PiKVAttention(nn.Module):
         wide, narrow = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, wide, bias=config.qk_bias)
         self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.qk_bias)
-        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=False)
-        self.o_proj = nn.Linear(wide, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.vo_bias)
+        self.o_proj = nn.Linear(wide, config.hidden_size, bias=config.vo_bias)
 
     def forward(
         self,

@@ -10,10 +10,15 @@ from transformers import PreTrainedConfig
 class PiKVConfig(PreTrainedConfig):
     """Describe a decoder with grouped-query attention and a mixture of experts in every layer.
 
-    qk_bias: a bias on the query and key projections. intermediate_size: width of one expert. router: a
-    name in ROUTERS, router_options what it takes beside sizes; balance_loss and z_loss are the factors of its losses.
+    qk_bias, vo_bias: a bias on the query and key, on the value and output projections. intermediate_size: width of one
+    expert. router: a name in ROUTERS, router_options what it takes beside sizes, balance_loss and z_loss the factors of
+    its losses.
     expert_rank: experts that share one base and differ by weights of this rank, scaled by expert_alpha / expert_rank;
-    train_base: whether the base learns. shared_expert: as of create_moe.
+    train_base: whether the base learns. shared_expert: as of create_moe. image_size, patch_size: of a side, in pixels,
+    and num_channels, for images. num_modalities, modality_size: their number and the features of each, and
+    missing_modalities what stands for those not there, bank or zero, for samples of several modalities. horizons: the
+    steps ahead that a forecaster has heads for; anchor: what their predictions are added to, none, the last value, or
+    that of the season before, of season_length steps.
     """
 
     model_type = "pikv"
@@ -39,6 +44,7 @@ class PiKVConfig(PreTrainedConfig):
         balance_loss: float = 0.01,
         z_loss: float = 0.001,
         qk_bias: bool = False,
+        vo_bias: bool = False,
         attention_dropout: float = 0.0,
         max_position_embeddings: int = 4096,
         rope_parameters: dict[str, Any] | None = None,
@@ -46,6 +52,15 @@ class PiKVConfig(PreTrainedConfig):
         initializer_range: float = 0.02,
         use_cache: bool = True,
         output_router_logits: bool = False,
+        image_size: int = 8,
+        patch_size: int = 2,
+        num_channels: int = 1,
+        num_modalities: int = 3,
+        modality_size: int = 10,
+        missing_modalities: str = "bank",
+        horizons: list[int] | None = None,
+        anchor: str = "last",
+        season_length: int | None = None,
         tie_word_embeddings: bool = False,
         pad_token_id: int | None = None,
         bos_token_id: int | None = None,
@@ -70,6 +85,7 @@ class PiKVConfig(PreTrainedConfig):
         self.balance_loss = balance_loss
         self.z_loss = z_loss
         self.qk_bias = qk_bias
+        self.vo_bias = vo_bias
         self.attention_dropout = attention_dropout
         self.max_position_embeddings = max_position_embeddings
         self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
@@ -78,6 +94,15 @@ class PiKVConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         self.output_router_logits = output_router_logits
+        self.image_size = image_size
+        self.patch_size = patch_size
+        self.num_channels = num_channels
+        self.num_modalities = num_modalities
+        self.modality_size = modality_size
+        self.missing_modalities = missing_modalities
+        self.horizons = horizons or [1]
+        self.anchor = anchor
+        self.season_length = season_length
         self.tie_word_embeddings = tie_word_embeddings
         self.pad_token_id = pad_token_id
         self.bos_token_id = bos_token_id

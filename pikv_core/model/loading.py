@@ -75,22 +75,24 @@ def load_model(name: str, recipe: Recipe) -> LoadedModel:
     return LoadedModel(model.to(device).eval(), load_pretrained(name, "AutoTokenizer"), find_model(name))
 
 
-def load_pretrained(name: str, auto_class: str, dtype: str | None = None) -> Any:
-    """Load a run folder, model folder or hub id by one of transformers' Auto classes.
+def load_pretrained(name: str, auto_class: str, dtype: str | None = None, **options: Any) -> Any:
+    """Load a run folder, model folder or hub id by one of transformers' Auto classes, or a class of our models.
 
-    dtype: of the weights, or "auto" for the stored one. Raises PiKVError where there is no such model.
+    dtype: of the weights, or "auto" for the stored one. options: what else from_pretrained is told. Raises PiKVError
+    where there is no such model.
     """
     import huggingface_hub
     import transformers
     from transformers.utils.logging import disable_progress_bar
 
-    import pikv_core.model  # noqa: F401  registers our own architecture
+    import pikv_core.model  # registers our own architecture
 
     disable_progress_bar()  # ours goes to stderr, and only on a terminal
     huggingface_hub.logging.set_verbosity_error()  # every retry would be a line; the error is ours to tell
     source = find_model(name)
+    family = getattr(transformers, auto_class, None) or getattr(pikv_core.model, auto_class)
     try:
-        return getattr(transformers, auto_class).from_pretrained(source, **({"dtype": dtype} if dtype else {}))
+        return family.from_pretrained(source, **({"dtype": dtype} if dtype else {}), **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         if Path(source).is_dir():

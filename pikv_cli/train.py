@@ -52,3 +52,6 @@ def _show(result: Any, folder: Path) -> None:
         typer.echo(f"calibration: {result.calibration}")
     else:
         typer.echo(f"model: {result.model}")
+        if result.adapter is not None:
+            learned = f"{result.trainable_weights:,} of {result.weights:,} weights"
+            typer.echo(f"adapter: {result.adapter}, {result.adapter_bytes:,} bytes, {learned}")

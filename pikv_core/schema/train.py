@@ -118,13 +118,14 @@ class TrainSettings(Section):
     )
     lora: LoRASettings | None = None
     distill: DistillSettings | None = None
-    cache: CacheRecipe | None = None  # what of a context the tokens after it are trained to read
+    cache: CacheRecipe | None = None  # what is kept of a context when the tokens after it are read
+    selection_loss: Annotated[float, Field(ge=0)] = 0.0  # weight of: the policy observes what is read later
 
     batch_tokens: Positive = 4096
     max_steps: Positive = 6000
     # Without stages to master, as most tasks are, the last length is that of every step, and of a text the most tokens.
     curriculum: Annotated[list[Positive], Field(min_length=1)] = [16, 32, 64, 128, 256, 512, 1024]
-    stage_accuracy: Share = 0.9  # batch accuracy (moving average) that ends a stage of the curriculum
+    stage_accuracy: Share | None = 0.9  # batch accuracy (moving average) that ends a stage; none: no stages
     stage_steps: Positive = 20  # at least so many steps a stage
     decay_steps: Positive = 150  # steps at the last lengths with the learning rate falling to zero
     optimizer: Literal["muon", "adamw"] = "muon"
@@ -188,6 +189,9 @@ class TrainRecipe(Recipe):
         unused = ["start", "duo_gates"] if self.duo_gates is None else ["model", "data", "train"]
         if not self.builds:
             unused.append("model")
+        elif self.train.init_from is not None:  # whose sizes are those that are not given
+            given = self.model.model_fields_set
+            tree["model"] = {name: value for name, value in tree["model"].items() if name in given}
         return {name: value for name, value in tree.items() if name not in unused}
 
     @model_validator(mode="after")
@@ -205,7 +209,7 @@ class TrainRecipe(Recipe):
     @model_validator(mode="after")
     def _lengths_fit(self) -> TrainRecipe:
         longest = max(*self.train.curriculum, *self.train.eval_lengths)
-        if longest > self.model.max_positions:
+        if self.train.init_from is None and longest > self.model.max_positions:
             raise PydanticCustomError(
                 "sizes",
                 "model.max_positions must not be below the longest length of curriculum and eval_lengths",

@@ -11,28 +11,40 @@ from typing import Any
 import torch
 from torch import nn
 
+from pikv_core.errors import UsageError
 from pikv_core.schema import ModelRecipe
 
 EMBEDDING_STD = 0.5
 QK_BIAS_STD = 0.5
 
 
-# What a model does: the family of transformers' Auto classes that loads it.
+# What a model does: the family of transformers' Auto classes that loads it, or the class of ours that loads itself.
 HEADS = {
     "causal-lm": "AutoModelForCausalLM",
     "sequence-classification": "AutoModelForSequenceClassification",
     "question-answering": "AutoModelForQuestionAnswering",
+    "image-classification": "AutoModelForImageClassification",
+    "modality-classification": "PiKVForModalityClassification",
+    "time-series": "AutoModelForTimeSeriesPrediction",
 }
+# What our own architecture alone has.
+WITHOUT_TOKENS = {"image-classification", "modality-classification", "time-series"}
 
 
 def build_model(recipe: ModelRecipe, head: str = "causal-lm", **options: Any) -> Any:
     """Return a float32 model of transformers with a head of HEADS, its weights drawn from torch's generator.
 
     options: what the configuration is told beside the recipe's sizes, such as vocab_size and num_labels.
+    Raises UsageError where the architecture has no such head.
     """
     import transformers
 
-    import pikv_core.model  # noqa: F401  registers our own architecture
+    import pikv_core.model  # registers our own architecture
+
+    if head in WITHOUT_TOKENS and recipe.arch != "pikv":
+        raise UsageError(
+            f"model.arch: '{recipe.arch}' reads tokens, and the task has none for {head}", hint="set model.arch: pikv"
+        )
 
     sizes = {
         "hidden_size": recipe.hidden_size,
@@ -50,7 +62,9 @@ def build_model(recipe: ModelRecipe, head: str = "causal-lm", **options: Any) ->
         "pad_token_id": None,
         **options,
     }
-    model = getattr(transformers, HEADS[head]).from_config(_CONFIGS[recipe.arch](recipe, sizes))
+    config = _CONFIGS[recipe.arch](recipe, sizes)
+    family = getattr(transformers, HEADS[head], None)
+    model = getattr(pikv_core.model, HEADS[head])(config) if family is None else family.from_config(config)
     initialise(model)
     return model
 

@@ -35,7 +35,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     parent = folder / "checkpoint"
     with replacing(parent / str(checkpoint.step)) as temporary:
         temporary.mkdir()
-        save_file({name: value.contiguous() for name, value in checkpoint.weights.items()}, temporary / WEIGHTS)
+        save_file(_apart(checkpoint.weights), temporary / WEIGHTS)
         torch.save(
             {
                 "step": checkpoint.step,
@@ -65,6 +65,16 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             f"{path}: the checkpoint cannot be read: {error}",
             hint="delete it, and the run starts from its first step",
         ) from error
+
+
+def _apart(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights with a copy of each that has its memory from another, as tied ones have."""
+    seen: set[int] = set()
+    found = {}
+    for name, value in weights.items():
+        found[name] = value.clone() if value.data_ptr() in seen else value.contiguous()
+        seen.add(value.data_ptr())
+    return found
 
 
 def drop_checkpoints(folder: Path) -> None:

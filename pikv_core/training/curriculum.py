@@ -29,13 +29,14 @@ class CurriculumState:
 class Curriculum:
     """Say the length and the learning rate of a step, given the accuracy of the steps before.
 
-    has_answers: without answers there is nothing to master, and all steps have the last length.
+    has_answers: without answers, or without a stage_accuracy, there is nothing to master: all steps have the last
+    length, and there are max_steps of them.
     """
 
     def __init__(self, settings: TrainSettings, has_answers: bool):
         self._settings = settings
-        self.has_answers = has_answers
-        self._lengths = settings.curriculum if has_answers else settings.curriculum[-1:]
+        self.has_stages = has_answers and settings.stage_accuracy is not None
+        self._lengths = settings.curriculum if self.has_stages else settings.curriculum[-1:]
         self.state = CurriculumState()
 
     @property
@@ -87,7 +88,8 @@ class Curriculum:
 
     def _ends_stage(self, step: int) -> bool:
         enough_steps = step + 1 - self.state.stage_start >= self._settings.stage_steps
-        return enough_steps and self.state.accuracy >= self._settings.stage_accuracy
+        target = self._settings.stage_accuracy
+        return enough_steps and target is not None and self.state.accuracy >= target
 
     def _next_stage(self, step: int) -> dict[str, Any]:
         state = self.state

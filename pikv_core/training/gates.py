@@ -63,7 +63,8 @@ class OwnGates:
 
     def end_step(self) -> None:
         for layer in self._layers:
-            layer.gate.end_step()
+            if layer.gate.weight.requires_grad:  # a frozen router learns nothing in other ways either
+                layer.gate.end_step()
 
     def reset(self) -> None:
         for layer in self._layers:
@@ -89,8 +90,8 @@ class WatchedGates:
         self.reset()
 
     def losses(self, outputs: Any, mask: Tensor | None = None) -> dict[str, Tensor]:
-        logits, self._logits = self._logits, []
-        assert len(logits) == len(self._gates)
+        # The last pass's: a cache that reads its context in a pass of its own comes before.
+        logits, self._logits = self._logits[-len(self._gates) :], []
         mask_T = None if mask is None else mask.reshape(-1).bool()
         balance, z = [], []
         for layer, logits_TE in enumerate(logits):
@@ -150,5 +151,10 @@ def gates_of(model: nn.Module, balance_weight: float, z_weight: float) -> Gates:
 
 
 def load_statistics(layers: list[LayerStatistics]) -> dict[str, float]:
-    """Return the load of the least balanced layer: max/mean and coefficient of variation."""
-    return {name: max(layer[name] for layer in layers) for name in ("load_max_over_mean", "load_cv") if layers}
+    """Return the load of the least balanced layer, max/mean and coefficient of variation; and the mean hit rate.
+
+    The hit rate is that of a memory of experts, where the router measures it.
+    """
+    found = {name: max(layer[name] for layer in layers) for name in ("load_max_over_mean", "load_cv") if layers}
+    rates = [layer["expert_hit_rate"] for layer in layers if layer.get("expert_hit_rate") is not None]
+    return found | ({"expert_hit_rate": sum(rates) / len(rates)} if rates else {})

@@ -18,6 +18,7 @@ from pikv_core.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from pikv_core.training.compressed_context import CompressedContext
 from pikv_core.training.curriculum import Curriculum
 from pikv_core.training.distillation import Distillation
 from pikv_core.training.gates import Gates
@@ -41,6 +42,7 @@ class Loop:
     curriculum: Curriculum
     optimizers: Optimizers
     distillation: Distillation | None = None
+    context: CompressedContext | None = None
 
     def train(self) -> tuple[int, float]:
         """Run all steps that are left; return their total number and this process's tokens per second."""
@@ -69,8 +71,12 @@ class Loop:
             self.gates.reset()  # what is told is of this step alone, so that a resumed run tells the same
         batch = self.lesson.batch(self.run.recipe.seed, step, length)
         with self.hardware.autocast():
+            if self.context is not None:
+                self.context.read(self.lesson.context(self.model, batch))
             done = self.lesson.step(self.model, batch)
             losses = done.losses | self.gates.losses(done.outputs, done.mask)
+            if self.context is not None and self.settings.selection_loss:
+                losses["selection"] = self.settings.selection_loss * self.context.selection_loss
             if self.distillation is not None:
                 losses |= self.distillation.losses(self.lesson, batch, done)
             total = torch.stack(list(losses.values())).sum()
@@ -99,6 +105,8 @@ class Loop:
             }
             if done.accuracy is not None:
                 values |= {"train/accuracy": done.accuracy, "train/accuracy_average": self.curriculum.accuracy}
+            if self.context is not None:
+                values |= {f"cache/{name}": value for name, value in vars(self.context.statistics).items()}
             self.run.telemetry.metrics(step + 1, values | router_values(self.gates.statistics()))
         return self.lesson.num_tokens(batch)
 

@@ -62,3 +62,20 @@ def test_a_teacher_of_other_tokens_is_refused(tmp_path, teacher):
 def test_nothing_to_learn_is_refused():
     with pytest.raises(RecipeError, match="logits and hidden are both 0"):
         load("train", None, ["train.distill.teacher=x", "train.distill.logits=0"])
+
+
+@pytest.mark.parametrize("arch", ["llama", "pikv"])
+def test_a_compressed_cache_trains_along_and_resumes_exactly(tmp_path, teacher, arch):
+    cache = ["train.cache.policy=h2o", "train.cache.budget=0.5", "train.cache.codec=int8", "train.selection_loss=1"]
+    overrides = taught(teacher, f"model.arch={arch}", *cache)
+    train_to(tmp_path / "whole", *overrides)
+    with pytest.raises(PiKVError, match="interrupted at step 10"):
+        train_to(tmp_path / "cut", *overrides, reporter=InterruptedAt(10))
+    train_to(tmp_path / "cut", *overrides, resume=True)
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    lines = [line for line in logged(tmp_path / "whole") if "train/loss" in line]
+    assert all(0.3 < line["cache/kept_share"] <= 0.6 for line in lines)
+    assert all(0 < line["cache/resident_bytes"] for line in lines)
+    assert all(line["train/loss/selection"] > 0 for line in lines)
+    train_to(tmp_path / "full", *taught(teacher, f"model.arch={arch}"))
+    assert logged(tmp_path / "full")[0]["train/loss/answers"] != lines[0]["train/loss/answers"]

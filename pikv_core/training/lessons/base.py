@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pikv_core.errors import UsageError
 from pikv_core.schema import TrainSettings
 from pikv_core.training.gates import Gates
 from pikv_core.training.hardware import Hardware
@@ -73,9 +74,12 @@ class Lesson(ABC):
     def evaluate(self, model: Any, gates: Gates, hardware: Hardware) -> dict[str, float]:
         """Return the metrics of held-out data, the same for every seed of training; model is in evaluation mode."""
 
-    def context_length(self, batch: Any) -> int | None:
-        """Return the tokens of a batch that a compressed cache may hold when the rest is read; None for none."""
-        return None
+    def context(self, model: Any, batch: Any) -> Tensor:
+        """Return the first tokens of a batch, ids [B, C], of which a cache may keep a part when the rest is read."""
+        raise UsageError(
+            f"train.cache: the lesson '{self.name}' has no context that a cache would hold",
+            hint="drop it, or train on recall or text",
+        )
 
     def num_tokens(self, batch: Any) -> int:
         """Return the tokens of a batch, padding and all, which speed is told by."""

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pikv_core.data.source import Batch
 from pikv_core.training.gates import Gates, load_statistics
 from pikv_core.training.hardware import Hardware
 from pikv_core.training.lessons import LESSONS
-from pikv_core.training.lessons.base import EVALUATION_SEED, Lesson, Step
+from pikv_core.training.lessons.base import EVALUATION_SEED, Lesson, Step, to_device
 from pikv_core.training.objective import score
 
 TOKENS_AT_A_TIME = 8192
@@ -43,9 +44,9 @@ class NextToken(Lesson):
         accuracy = int(scores.num_correct) / scores.num_answers if scores.num_answers else None
         return Step(scores.losses(self.settings.filler_loss), outputs, scores.logits, accuracy)
 
-    def context_length(self, batch: Batch) -> int:
+    def context(self, model: Any, batch: Batch) -> Tensor:
         """Return the tokens before the questions, or half of a text."""
-        return getattr(batch, "context_length", batch.ids.shape[1] // 2)
+        return to_device(batch.ids[:, : getattr(batch, "context_length", batch.ids.shape[1] // 2)], model)
 
     @torch.no_grad()
     def evaluate(self, model: Any, gates: Gates, hardware: Hardware) -> dict[str, float]:

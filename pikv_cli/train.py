@@ -53,5 +53,5 @@ def _show(result: Any, folder: Path) -> None:
     else:
         typer.echo(f"model: {result.model}")
         if result.adapter is not None:
-            learned = f"{result.trainable_weights:,} of {result.weights:,} weights"
+            learned = f"{result.num_trainable:,} of {result.num_weights:,} weights"
             typer.echo(f"adapter: {result.adapter}, {result.adapter_bytes:,} bytes, {learned}")

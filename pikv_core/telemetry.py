@@ -46,13 +46,14 @@ class Telemetry:
         picture = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=4)
         self._add(Summary(value=[Summary.Value(tag=tag, image=picture)]), step)
 
-    def hyperparameters(self, settings: Mapping[str, str | float | bool], metrics: Mapping[str, float]) -> None:
+    def hyperparameters(self, recipe: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Log the settings of a run beside its final metrics, for TensorBoard's table of runs."""
         from tensorboard.plugins.hparams import summary_v2
 
+        settings = _by_dotted_key(recipe)
         names, told = map(summary_v2.HParam, settings), map(summary_v2.Metric, metrics)
         self._add(summary_v2.hparams_config_pb(list(names), list(told)))
-        self._add(summary_v2.hparams_pb(dict(settings)))
+        self._add(summary_v2.hparams_pb(settings))
         for tag, value in metrics.items():
             self.scalar(tag, value)
 
@@ -60,3 +61,14 @@ class Telemetry:
         if self._events is not None:
             self._events.close()
             self._events = None
+
+
+def _by_dotted_key(tree: Mapping[str, Any], above: str = "") -> dict[str, str | float | bool]:
+    """Return the settings of a tree; what is neither number nor text is told as text, and nothing of what is None."""
+    found: dict[str, str | float | bool] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= _by_dotted_key(value, f"{above}{name}.")
+        elif value is not None:
+            found[above + name] = value if isinstance(value, int | float | str) else str(value)
+    return found

@@ -44,6 +44,13 @@ class Loop:
     distillation: Distillation | None = None
     context: CompressedContext | None = None
 
+    @torch.no_grad()
+    def log_start(self) -> None:
+        """Tell the held-out metrics of the model as it is; this leaves no trace in what follows."""
+        with torch.random.fork_rng():
+            metrics = self.lesson.evaluate(self.model.eval(), self.gates, self.hardware)
+        self.run.telemetry.metrics(0, {f"start/{name}": value for name, value in metrics.items()})
+
     def train(self) -> tuple[int, float]:
         """Run all steps that are left; return their total number and this process's tokens per second."""
         step = self._restore()

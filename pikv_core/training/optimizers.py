@@ -39,7 +39,7 @@ class Optimizers:
             elif settings.optimizer == "muon" and weight.dim() == 2 and _is_matrix_of_a_block(name):
                 groups["muon"].append(weight)
             else:
-                groups["experts" if weight.dim() == 3 else "decayed"].append(weight)
+                groups["experts" if weight.dim() == 3 and ".experts." in name else "decayed"].append(weight)
         self._all: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(
                 [

@@ -184,7 +184,7 @@ def test_a_run_changes_the_low_rank_weights_alone(tmp_path, arch):
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
     low_rank = load_file(f"{result.adapter}/adapter_model.safetensors")
     assert all(weight.any() for weight in low_rank.values())
-    assert result.trainable_weights == sum(weight.numel() for weight in low_rank.values()) < result.weights
+    assert result.num_trainable == sum(weight.numel() for weight in low_rank.values()) < result.num_weights
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == result.model
 

@@ -28,16 +28,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--after", type=Path, required=True, help="the run with the question after the context")
     parser.add_argument("--inside", type=Path, required=True, help="the run with the question inside")
-    parser.add_argument("--commit", default=_commit(), help="the commit that the sweeps ran at")
+    parser.add_argument("--commit", default=commit(), help="the commit that the sweeps ran at")
     asked = parser.parse_args()
     runs = {"after": _read(asked.after), "inside": _read(asked.inside)}
     for question, run in runs.items():
         rows = [{name: row[name] for name in COLUMNS} for row in run["result"]["results"]]
-        kept = {**_origin(run, asked.commit), **{key: run["result"][key] for key in ("question", "num_queries")}}
+        kept = {**origin(run, asked.commit), **{key: run["result"][key] for key in ("question", "num_queries")}}
         path = ROOT / f"benchmarks/results/frontier-{question}.json"
         path.write_text(json.dumps({**kept, "rows": rows}, indent=1) + "\n", encoding="utf-8")
         shutil.copy(getattr(asked, question) / "pareto.png", ROOT / f"docs/frontier-{question}.png")
-    (ROOT / "docs/results.md").write_text(_page(runs, asked.commit), encoding="utf-8")
+    page = ROOT / "docs/results.md"
+    _, heading, training = page.read_text(encoding="utf-8").partition("## A model that learned")
+    page.write_text(_page(runs, asked.commit) + heading + training, encoding="utf-8")
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -47,14 +49,14 @@ def _read(folder: Path) -> dict[str, Any]:
     return run
 
 
-def _origin(run: dict[str, Any], commit: str) -> dict[str, Any]:
+def origin(run: dict[str, Any], commit: str) -> dict[str, Any]:
     cpu = next(
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     )
     return {"machine": f"{cpu}, {platform.system()}", "versions": run["versions"], "commit": commit}
 
 
-def _commit() -> str:
+def commit() -> str:
     return subprocess.run(
         ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -63,8 +65,8 @@ def _commit() -> str:
 def _page(runs: dict[str, dict[str, Any]], commit: str) -> str:
     after, inside = (runs[question]["result"] for question in ("after", "inside"))
     full = {question: run["result"]["results"][0] for question, run in runs.items()}
-    origin = _origin(runs["after"], commit)
-    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    made = origin(runs["after"], commit)
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     return "\n".join(
         [
             "# Quality against bytes",
@@ -76,7 +78,7 @@ def _page(runs: dict[str, dict[str, Any]], commit: str) -> str:
             "is kept, KL (nats) how far the distributions are. Bytes are of live storage, positions, scores and scales "
             "included, over those of transformers' own cache for the same tokens and dtype.",
             "",
-            f"Made by `recipes/compress/frontier.yaml` and `benchmarks/results_page.py` on {origin['machine']}, "
+            f"Made by `recipes/compress/frontier.yaml` and `benchmarks/results_page.py` on {made['machine']}, "
             f"{versions}, commit {commit}.",
             "",
             "The needles are marked by a token of their own, which helps scores that look for unusual keys (keydiff, "

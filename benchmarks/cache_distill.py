@@ -46,7 +46,8 @@ def main() -> None:
     found = {**origin(last, commit()), "budget": BUDGET, "num_queries": NUM_QUERIES, "rows": rows}
     RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     page = ROOT / "docs/results.md"
-    page.write_text(page.read_text(encoding="utf-8").partition(HEADING)[0] + "\n".join(section()), encoding="utf-8")
+    before = page.read_text(encoding="utf-8").partition(HEADING)[0].rstrip()
+    page.write_text(before + "\n\n" + "\n".join(section()), encoding="utf-8")
 
 
 def measure(runs: Path, seed: int, threads: str) -> list[dict[str, Any]]:
@@ -94,7 +95,7 @@ def section() -> list[str]:
         HEADING,
         "",
         f"Recall of {found['num_queries']:,} questions, asked after the context of 512 tokens was compressed to "
-        f"{found['budget']:.0%}: the mean over seeds {', '.join(map(str, SEEDS))} of teacher and student, and each. "
+        f"{100 * found['budget']:.0f} %: the mean over seeds {', '.join(map(str, SEEDS))} of teacher and student, and each. "
         "Teachers are models of `recipes/train/recall-tiny.yaml` (drawn filler), from which students start, by "
         "`recipes/train/cache-distill.yaml`. Made by `benchmarks/cache_distill.py` on "
         f"{found['machine']}, commit {found['commit']}.",

@@ -39,7 +39,7 @@ def main() -> None:
         shutil.copy(getattr(asked, question) / "pareto.png", ROOT / f"docs/frontier-{question}.png")
     page = ROOT / "docs/results.md"
     _, heading, training = page.read_text(encoding="utf-8").partition("## A model that learned")
-    page.write_text(_page(runs, asked.commit) + heading + training, encoding="utf-8")
+    page.write_text(_page(runs, asked.commit).rstrip() + "\n\n" + heading + training, encoding="utf-8")
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -95,8 +95,8 @@ def section() -> list[str]:
         HEADING,
         "",
         f"Recall of {found['num_queries']:,} questions, asked after the context of 512 tokens was compressed to "
-        f"{100 * found['budget']:.0f} %: the mean over seeds {', '.join(map(str, SEEDS))} of teacher and student, and each. "
-        "Teachers are models of `recipes/train/recall-tiny.yaml` (drawn filler), from which students start, by "
+        f"{100 * found['budget']:.0f} %: the mean over seeds {', '.join(map(str, SEEDS))} of teacher and student, and "
+        "each. Teachers are models of `recipes/train/recall-tiny.yaml` (drawn filler), from which students start, by "
         "`recipes/train/cache-distill.yaml`. Made by `benchmarks/cache_distill.py` on "
         f"{found['machine']}, commit {found['commit']}.",
         "",

@@ -32,7 +32,7 @@ from pikv_core.runs import Reporter
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 
-OF_TRAINING = ("anchor", "jitter", "stretch", "validation_share")
+OF_TRAINING = ("anchor", "jitter", "stretch", "shortest_context", "validation_share")
 ON_THE_SPOT = 2500  # windows at most: more than any real series has
 
 
@@ -52,6 +52,8 @@ class Series:
     anchor: Literal["none", "last", "season"] = "season"  # what predictions are added to; "last" without a whole season
     jitter: NotNegative = 0.0  # standard deviation of noise on the values, in those of their context
     stretch: NotNegative = 0.0  # of time, by a factor from exp(-stretch) to exp(stretch): seasons of other lengths
+    shortest_context: Annotated[float, Field(gt=0, le=1)] = 1.0  # share of it, from which up training values are
+    # normalised: what comes after them is then told nothing by the mean and the deviation
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the training windows, the last, to measure on in
     # place of the test split, and to choose settings by
 
@@ -81,7 +83,8 @@ class Series:
 
     def _of_data(self) -> Series:
         """Return the task without what is of training alone."""
-        return replace(self, **{field.name: field.default for field in fields(self) if field.name in OF_TRAINING})
+        defaults: dict[str, Any] = {one.name: one.default for one in fields(self) if one.name in OF_TRAINING}
+        return replace(self, **defaults)
 
     def write(
         self,
@@ -95,7 +98,9 @@ class Series:
         """Write one safetensors file a split, num_samples windows together or all there are, and corpus.json."""
         text_files.refuse("series", text, column)
         if self != self._of_data():
-            raise UsageError(f"{', '.join(OF_TRAINING)}: nothing of the data depends on these", hint="give them to train")
+            raise UsageError(
+                f"{', '.join(OF_TRAINING)}: nothing of the data depends on these", hint="give them to train"
+            )
         # A training window ends before the first test future: so many of T values begin no window of either split.
         unused = self.context_length + 2 * self.num_steps - 2
         if self.source == "synthetic":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,9 @@ from transformers import DynamicCache
 from pikv_core.errors import UsageError
 from pikv_core.model.config import PiKVConfig
 from pikv_core.model.decoder import PiKVModel, PiKVModelOutput, PiKVPreTrainedModel
+from pikv_core.model.horizon_head import HorizonHead
 
 HUBER_DELTA = 2.0
-CARRY = 0.8
-GAIN = 10.0
 
 
 @dataclass
@@ -39,7 +38,7 @@ class PiKVForecastOutput(PiKVModelOutput):
 
 
 class ValueEmbedding(nn.Module):
-    """Embed values by a SwiGLU of the value itself, with biases, without which the norms lose the sign of small ones."""
+    """Embed values by a SwiGLU of the value itself; its biases keep the sign of small ones through the norms."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -51,41 +50,6 @@ class ValueEmbedding(nn.Module):
         with torch.autocast(z_BT.device.type, enabled=False):
             z_BT1 = z_BT.to(self.gate.weight.dtype)[..., None]
             return F.silu(self.gate(z_BT1)) * self.value(z_BT1)
-
-
-class Head(nn.Module):
-    """Predict so many steps by a linear map of the hidden state, added to what the configuration's anchor names.
-
-    none: nothing. last: the last value. season: the value a season before the one predicted, and what the last value
-    exceeds the one a season before it by, each with a learned weight of every step; these are 1 and CARRY^step at first,
-    and learn GAIN times as fast as other weights, for few steps suffice to learn a short series by heart.
-    """
-
-    def __init__(self, config: PiKVConfig, steps: int):
-        super().__init__()
-        self.anchor, self.season_length, self.steps = config.anchor, config.season_length, steps
-        self.linear = nn.Linear(config.hidden_size, steps)
-        if self.anchor == "season":
-            self.season = nn.Parameter(torch.full((steps,), 1 / GAIN))
-            self.carry = nn.Parameter(CARRY ** torch.arange(1.0, steps + 1) / GAIN)
-
-    def forward(self, hidden_BTD: Tensor, z_BS: Tensor) -> Tensor:
-        """Return the predictions [B, T, H] after the last T of the normalised values z, in float32."""
-        with torch.autocast(z_BS.device.type, enabled=False):
-            predicted_BTH = self.linear(hidden_BTD.to(self.linear.weight.dtype))
-            return predicted_BTH if self.anchor == "none" else predicted_BTH + self.anchors(z_BS, hidden_BTD.shape[1])
-
-    def anchors(self, z_BS: Tensor, num_tokens: int) -> Tensor:
-        """Return [B, T, H] for the last T values; before a whole season has passed, the last value stands for all."""
-        last_T1 = torch.arange(z_BS.shape[1] - num_tokens, z_BS.shape[1], device=z_BS.device)[:, None]
-        last_BT1 = z_BS[:, last_T1]
-        if self.anchor == "last":
-            return last_BT1
-        steps_H = torch.arange(self.steps, device=z_BS.device) % self.season_length
-        before_T1 = last_T1 - self.season_length
-        season_BTH = z_BS[:, torch.where(before_T1 >= -1, before_T1 + 1 + steps_H, last_T1)]
-        rise_BT1 = last_BT1 - z_BS[:, torch.where(before_T1 >= 0, before_T1, last_T1)]
-        return GAIN * (self.season * season_BTH + self.carry * rise_BT1)
 
 
 class PiKVForTimeSeriesPrediction(PiKVPreTrainedModel):
@@ -102,7 +66,7 @@ class PiKVForTimeSeriesPrediction(PiKVPreTrainedModel):
         self.model = PiKVModel(config)
         self.embedding = ValueEmbedding(config.hidden_size)
         # Names without numbers between dots: those are matrices of blocks to the optimizers.
-        self.heads = nn.ModuleDict({name_of(steps): Head(config, steps) for steps in config.horizons})
+        self.heads = nn.ModuleDict({name_of(steps): HorizonHead(config, steps) for steps in config.horizons})
         self.post_init()
 
     def forward(
@@ -112,7 +76,7 @@ class PiKVForTimeSeriesPrediction(PiKVPreTrainedModel):
         future_values: Tensor | None = None,
         **kwargs: Any,
     ) -> PiKVForecastOutput:
-        """Predict after each value of past_values [B, C], and with future_values [B, F] after each of these but the last.
+        """Predict after each value of past_values [B, C] and, with future_values [B, F], of these but the last.
 
         past_time [B, C]: when the values are, in steps, for a router that is told; by default 0 to C - 1. With
         future_values there are losses: Huber's, of all that is predicted of the values given.
@@ -123,13 +87,14 @@ class PiKVForTimeSeriesPrediction(PiKVPreTrainedModel):
         z_BT = z_BS if future_values is None else z_BS[:, :-1]
         time_BT = _times(past_values, past_time, z_BT.shape[1])
         outputs = self.decode(z_BT, time_BT, use_cache=False, **kwargs)
-        predicted = {steps: self.predict(outputs.last_hidden_state, z_BT, steps) for steps in self.config.horizons}
+        hidden_BTD = cast(Tensor, outputs.last_hidden_state)
+        predicted = {steps: self.predict(hidden_BTD, z_BT, steps) for steps in self.config.horizons}
         loss = losses = None
         if future_values is not None:
             losses = {name_of(steps): huber(forecast, z_BS) for steps, forecast in predicted.items()}
             loss = torch.stack(list(losses.values())).mean()
             if self.training:
-                loss = loss + outputs.aux_loss
+                loss = loss + cast(Tensor, outputs.aux_loss)
         units = {steps: forecast * scale[..., None] + loc[..., None] for steps, forecast in predicted.items()}
         return PiKVForecastOutput(**outputs, loss=loss, losses=losses, predictions=units, loc=loc, scale=scale)
 
@@ -161,7 +126,8 @@ class PiKVForTimeSeriesPrediction(PiKVPreTrainedModel):
             outputs = self.decode(new_BT, time_BT, past_key_values=cache, use_cache=True)
             left = end - z_BS.shape[1]
             steps = max((steps for steps in heads if steps <= left), default=heads[0])
-            new_BT = self.predict(outputs.last_hidden_state[:, -1:], z_BS, steps)[:, 0, :left]
+            last_B1D = cast(Tensor, outputs.last_hidden_state)[:, -1:]
+            new_BT = self.predict(last_B1D, z_BS, steps)[:, 0, :left]
             z_BS = torch.cat([z_BS, new_BT], dim=1)
         return z_BS[:, context_length:] * scale + loc
 
@@ -195,7 +161,7 @@ def statistics(past_values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the standard deviation [B, 1] of contexts [B, C]; a flat context has a deviation of 1."""
     values_BC = past_values.double()
     loc, scale = values_BC.mean(1, keepdim=True), values_BC.std(1, correction=0, keepdim=True)
-    flat = scale <= 1e-7 * loc.abs()  # what is left of the rounding of equal values
+    flat = scale <= 1e-12 * loc.abs()  # what rounding leaves of equal values
     return loc, torch.where(flat, torch.ones_like(scale), scale)
 
 

@@ -14,6 +14,7 @@ import torch
 from pikv_core.data.naive import errors, naive, seasonal_naive
 from pikv_core.data.series_source import Windows
 from pikv_core.errors import PiKVError
+from pikv_core.schema import TrainSettings
 from pikv_core.training.gates import Gates, load_statistics
 from pikv_core.training.hardware import Hardware
 from pikv_core.training.lessons import LESSONS
@@ -37,6 +38,10 @@ class Forecast(Lesson):
 
     head = "time-series"
 
+    def __init__(self, source: Any, settings: TrainSettings):
+        super().__init__(source, settings)
+        self._values_each(settings.curriculum[-1])
+
     @property
     def model_options(self) -> dict[str, Any]:
         task, period = self.source.task, self.source.period
@@ -45,22 +50,17 @@ class Forecast(Lesson):
         return {"vocab_size": 0, "horizons": horizons, "anchor": anchor, "season_length": period}
 
     def batch(self, seed: int, step: int, length: int) -> SeriesBatch:
-        windows, num_steps = self.source.train, self.source.task.num_steps
-        whole = windows.context.shape[1] + num_steps
-        length = min(length, whole)
-        if length - num_steps < 2:
-            raise PiKVError(
-                f"length {length} is too short for {num_steps} steps ahead and 2 values before them",
-                hint=f"set train.curriculum: [{whole}]",
-            )
+        task, windows = self.source.task, self.source.train
+        length, whole = self._values_each(length), task.context_length + task.num_steps
         rows = epoch_rows(seed, step, max(1, self.settings.batch_tokens // length), len(windows))
         rng = np.random.default_rng([seed, step])
-        places = parts(rng, len(rows), length, whole, self.source.task.stretch)
+        places = parts(rng, len(rows), length, whole, task.stretch)
         values = interpolate(windows.values[rows], places)
-        scale = values[:, : length - num_steps].std(axis=1, keepdims=True)
+        context = length - task.num_steps
         noise = rng.standard_normal(values.shape, dtype=np.float32)
-        values = values + np.float32(self.source.task.jitter) * scale * noise
-        return SeriesBatch(values, windows.start[rows][:, None] + places, length - num_steps)
+        values = values + np.float32(task.jitter) * values[:, :context].std(axis=1, keepdims=True) * noise
+        context = int(rng.integers(max(2, round(task.shortest_context * context)), context + 1))
+        return SeriesBatch(values, windows.start[rows][:, None] + places, context)
 
     def step(self, model: Any, batch: SeriesBatch) -> Step:
         context = batch.context_length
@@ -121,6 +121,17 @@ class Forecast(Lesson):
             if optimum is not None:
                 metrics[f"optimum_mse_{steps}"] = optimum[steps]
         return metrics
+
+    def _values_each(self, length: int) -> int:
+        """Return the values of a sample of at most `length`, or raise PiKVError where they hold no context."""
+        task = self.source.task
+        whole = task.context_length + task.num_steps
+        if length < task.num_steps + 2 or whole < task.num_steps + 2:
+            raise PiKVError(
+                f"length {min(length, whole)} is too short for {task.num_steps} steps ahead and 2 values before them",
+                hint=f"set train.curriculum: [{max(2, task.context_length) + task.num_steps}]",
+            )
+        return min(length, whole)
 
     def _inputs(self, model: Any, windows: Windows) -> dict[str, Any]:
         times = to_device(windows.context_times, model)

@@ -11,7 +11,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,6 +55,7 @@ class Classification:
     label_column: str = "label"  # of the jsonl and parquet files of users
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2  # of each class
     vocab_size: Annotated[int, Field(ge=MIN_BPE_TOKENS)] = 2048  # tokens at most, of a model that is trained
+    hide_share: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of the tokens that are hidden, anew in each training step
 
     def open(
         self,
@@ -79,8 +80,8 @@ class Classification:
         folder = Path(path)
         read_manifest(folder, "classification")
         written = read_options(folder / OPTIONS, Classification)
-        agree(self, written, folder / OPTIONS)
-        return classification_source.read(folder, written, tokenizer, reporter)
+        agree(replace(self, hide_share=written.hide_share), written, folder / OPTIONS)
+        return classification_source.read(folder, replace(written, hide_share=self.hide_share), tokenizer, reporter)
 
     def write(
         self,

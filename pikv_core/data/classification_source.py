@@ -52,6 +52,10 @@ class ClassificationSource:
     def pad_id(self) -> int:
         return token_rows.pad_id(self.tokenizer)
 
+    @property
+    def hidden_id(self) -> int:
+        return token_rows.hidden_id(self.tokenizer)
+
     def save(self, folder: Path) -> None:
         """Write the tokenizer, and the options with the classes, into a model folder."""
         tokenizer.save(self.tokenizer, folder)

@@ -53,7 +53,9 @@ def fit(rows: Sequence[Row], extract: Extract) -> LinearSpans:
     """Fit to rows; those of which no candidate meets the answer are left out."""
     columns: dict[str, int] = {}
     flat: list[int] = []
-    of_candidates, of_questions, right = [], [], []
+    of_candidates: list[int] = []
+    of_questions: list[int] = []
+    right: list[int] = []
     for row in rows[:MOST_ROWS]:
         found = extract(row.context, row.question)
         nearest = _nearest(row, found)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,7 +27,8 @@ from pikv_core.runs import Reporter
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-OF_STORIES = ["num_facts", "num_distractors", "fewest_facts", "num_people", "num_places", "num_things"]
+OF_STORIES = ["num_facts", "num_distractors", "fewest_facts", "num_people", "num_places", "num_things", "newest_first"]
+OF_TRAINING = ["num_reads", "newest_first"]
 MADE_NOW = 20_000  # samples
 TRIES = 100  # to draw a story that was not told before
 Number = Annotated[int, Field(ge=stories.LEAST, le=stories.MOST)]
@@ -46,6 +47,9 @@ class QA:
     num_things: Number = 4
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     vocab_size: Annotated[int, Field(ge=MIN_BPE_TOKENS)] = 2048  # tokens at most, of a model that is trained
+    # Of training alone:
+    num_reads: Annotated[int, Field(ge=1)] = 2  # copies of the context after the question; answers are in the last one
+    newest_first: bool = False  # whether a story's sentences are read from the last to the first
 
     def __post_init__(self) -> None:
         if self.source == "docstrings":
@@ -78,8 +82,9 @@ class QA:
         folder = Path(path)
         read_manifest(folder, "qa")
         written = read_options(folder / OPTIONS, QA)
-        agree(self, written, folder / OPTIONS)
-        return qa_source.read(folder, written, tokenizer, reporter)
+        agree(replace(self, **{name: getattr(written, name) for name in OF_TRAINING}), written, folder / OPTIONS)
+        task = replace(written, **{name: getattr(self, name) for name in OF_TRAINING})
+        return qa_source.read(folder, task, tokenizer, reporter)
 
     def write(
         self,

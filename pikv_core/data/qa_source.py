@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -12,7 +13,7 @@ from pikv_core.data import json_lines, token_rows, tokenizer
 from pikv_core.data.corpus import DESCRIPTION
 from pikv_core.data.manifest import read_json
 from pikv_core.data.qa_rows import Row
-from pikv_core.data.read_twice import Question
+from pikv_core.data.rereading import Question, Reading, lay_out, newest_first
 from pikv_core.files import write_json
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 OPTIONS = "qa.json"
 SPLITS = ("train", "test")
+SENTENCE_END = re.compile(r"\.")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class QASource:
     def pad_id(self) -> int:
         return token_rows.pad_id(self.tokenizer)
 
+    def reading(self, split: str, row: int, length: int) -> Reading:
+        """Return a row as `length` tokens at most."""
+        return lay_out(self.questions[split][row], self.task.num_reads, length)
+
     def text(self, split: str, row: int, first: int, last: int) -> str:
         """Return the characters of a row's context that its tokens first to last stand for."""
         offsets = self.questions[split][row].offsets
@@ -61,7 +67,7 @@ def read(folder: Path, task: QA, given: Tokenizer | None, reporter: Reporter) ->
     rows = {split: [Row(**row) for row in json_lines.read(folder / f"samples.{split}.jsonl")] for split in SPLITS}
     if given is None:
         reporter.status(f"training a tokenizer on {len(rows['train'])} contexts")
-        texts = (text for row in rows["train"] for text in (row.context, row.question))
+        texts = (f" {text}" for row in rows["train"] for text in (row.context, row.question))
         given = tokenizer.train_bpe(texts, task.vocab_size)
     told = read_json(folder / DESCRIPTION)["baselines"]
     baselines = {
@@ -69,16 +75,24 @@ def read(folder: Path, task: QA, given: Tokenizer | None, reporter: Reporter) ->
         for name, scores in told.items()
         for short, measure in (("f1", "token_f1"), ("exact_match", "exact_match"))
     }
-    return QASource(task, given, rows, {split: encode(given, some) for split, some in rows.items()}, baselines)
+    questions = {split: encode(given, some, task.newest_first) for split, some in rows.items()}
+    return QASource(task, given, rows, questions, baselines)
 
 
-def encode(tokens: Tokenizer, rows: list[Row]) -> list[Question]:
-    """Return the rows as tokens; the answer's are those that hold a character of it."""
-    contexts = tokens.encode_batch([row.context for row in rows], add_special_tokens=False)
-    asked = token_rows.encode(tokens, [row.question for row in rows])
+def encode(tokens: Tokenizer, rows: list[Row], from_the_end: bool) -> list[Question]:
+    """Return the rows as tokens; the answer's are those that hold a character of it.
+
+    A space comes before each context and each question, so that a word is the same token wherever it stands.
+    """
+    contexts = tokens.encode_batch([f" {row.context}" for row in rows], add_special_tokens=False)
+    asked = token_rows.encode(tokens, [f" {row.question}" for row in rows])
     found = []
     for row, context, question in zip(rows, contexts, asked, strict=True):
-        offsets = np.array(context.offsets, np.int64).reshape(-1, 2)
+        offsets = np.maximum(0, np.array(context.offsets, np.int64).reshape(-1, 2) - 1)
         held = np.flatnonzero((offsets[:, 0] < row.start + len(row.answer)) & (offsets[:, 1] > row.start))
-        found.append(Question(np.array(context.ids, np.int64), offsets, question, (int(held[0]), int(held[-1]))))
+        asked_row = Question(np.array(context.ids, np.int64), offsets, question, (int(held[0]), int(held[-1])))
+        if from_the_end:
+            ends = [one.end() for one in SENTENCE_END.finditer(row.context)]
+            asked_row = newest_first(asked_row, np.array(ends, np.int64))
+        found.append(asked_row)
     return found

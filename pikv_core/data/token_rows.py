@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pikv_core.data.tokenizer import EOS, PAD
+from pikv_core.data.tokenizer import EOS, PAD, UNK
 from pikv_core.errors import PiKVError
 
 if TYPE_CHECKING:
@@ -31,6 +31,12 @@ def pad_id(tokenizer: Tokenizer) -> int:
         if (number := tokenizer.token_to_id(word)) is not None:
             return number
     raise PiKVError("the tokenizer has no token to pad with", hint=f"it needs one of: {', '.join(PADS)}")
+
+
+def hidden_id(tokenizer: Tokenizer) -> int:
+    """Return the token that stands for a hidden one: the unknown one, or else what rows are padded with."""
+    number = tokenizer.token_to_id(UNK)
+    return pad_id(tokenizer) if number is None else number
 
 
 def pad(rows: Sequence[Ids], filler: int) -> tuple[Ids, NDArray[np.bool_]]:

@@ -5,8 +5,7 @@ Shapes: B texts, T tokens, D hidden size, C classes.
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,16 +23,15 @@ from pikv_core.training.lessons.by_length import rows_of_step
 from pikv_core.training.lessons.own_text import text_loss
 
 TEXTS_AT_A_TIME = 32
-PREFIX = float(os.environ.get("PREFIX", 1))
-SMOOTH = float(os.environ.get("SMOOTH", 0))
-DROP = float(os.environ.get("DROP", 0))
+PREFIXES = 1.0  # weight of the labels at every token, against 1 for those at the last one
 
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """ids [B, T] and mask [B, T], False for padding on the right; labels [B]."""
+    """ids and mask [B, T], False for padding on the right; shown: ids, some of them hidden; labels [B]."""
 
     ids: np.ndarray
+    shown: np.ndarray
     mask: np.ndarray
     labels: np.ndarray
 
@@ -51,28 +49,21 @@ class Classification(Lesson):
         return {**super().model_options, "pad_token_id": self.source.pad_id, **labels}
 
     def batch(self, seed: int, step: int, length: int) -> LabelledTexts:
-        rows = self.source.splits["train"].ids
+        lengths = np.minimum([len(row) for row in self.source.splits["train"].ids], length)
         num_texts = max(1, self.settings.batch_tokens // length)
-        lengths = np.minimum([len(row) for row in rows], length)
-        b = self._texts("train", rows_of_step(seed, step, num_texts, lengths), length)
-        if DROP:
-            hit = np.random.default_rng([seed, step, 2]).random(b.ids.shape) < DROP
-            b.ids[hit & b.mask] = 1
-        return b
+        texts = self._texts("train", rows_of_step(seed, step, num_texts, lengths), length)
+        hidden = np.random.default_rng([seed, step, 2]).random(texts.ids.shape) < self.source.task.hide_share
+        return replace(texts, shown=np.where(hidden & texts.mask, self.source.hidden_id, texts.ids))
 
     def step(self, model: Any, batch: LabelledTexts) -> Step:
         outputs, logits_BTC, mask_BT = _run(model, batch)
         labels_B = to_device(batch.labels, model)
         logits_BC = _at_the_end(logits_BTC, mask_BT)
-        losses = {"labels": F.cross_entropy(logits_BC, labels_B, label_smoothing=SMOOTH)}
-        if PREFIX:
-            each = F.cross_entropy(
-                logits_BTC.transpose(1, 2),
-                labels_B[:, None].expand(mask_BT.shape),
-                reduction="none",
-                label_smoothing=SMOOTH,
-            )
-            losses["prefixes"] = PREFIX * (each * mask_BT).sum() / mask_BT.sum()
+        places_BT = labels_B[:, None].expand(mask_BT.shape)
+        losses = {
+            "labels": F.cross_entropy(logits_BC, labels_B),
+            "prefixes": PREFIXES * F.cross_entropy(logits_BTC[mask_BT], places_BT[mask_BT]),
+        }
         if self.settings.filler_loss:
             ids_BT = to_device(batch.ids, model)
             losses["text"] = self.settings.filler_loss * text_loss(model, outputs.last_hidden_state, ids_BT, mask_BT)
@@ -99,13 +90,13 @@ class Classification(Lesson):
     def _texts(self, split: str, rows: np.ndarray, length: int) -> LabelledTexts:
         of = self.source.splits[split]
         ids, mask = token_rows.pad([of.ids[row][:length] for row in rows], self.source.pad_id)
-        return LabelledTexts(ids, mask, of.labels[rows])
+        return LabelledTexts(ids, ids, mask, of.labels[rows])
 
 
 def _run(model: Any, batch: LabelledTexts) -> tuple[Any, Tensor, Tensor]:
     """Return the decoder's outputs, the logits [B, T, C] in float32 after each token, and the mask."""
     mask_BT = to_device(batch.mask, model)
-    outputs = model.base_model(input_ids=to_device(batch.ids, model), attention_mask=mask_BT.long(), use_cache=False)
+    outputs = model.base_model(input_ids=to_device(batch.shown, model), attention_mask=mask_BT.long(), use_cache=False)
     return outputs, model.score(outputs.last_hidden_state).float(), mask_BT
 
 

@@ -1,6 +1,6 @@
-"""A context, a question and the context again ("just read twice", arXiv 2407.05483), as tokens.
+"""A question and then its context, once or more ("just read twice", arXiv 2407.05483), as tokens.
 
-A causal model that knows the question and all that is told later can point to the answer in the second copy.
+A causal model that reads a context again knows what is told later when it comes to the answer.
 """
 
 from __future__ import annotations
@@ -24,43 +24,51 @@ class Question:
     question: Ids
     answer: tuple[int, int]
 
-    @property
-    def num_tokens(self) -> int:
-        """Return the tokens of the whole."""
-        return 2 * len(self.context) + len(self.question)
-
 
 @dataclass(frozen=True)
 class Reading:
-    """ids [T]; the second copy begins at `second` with the context's token `skipped`.
+    """ids [T]; starts: where each copy begins, with the context's token `skipped`.
 
-    answer: the places in ids of its first and its last token, or None where it was cut.
+    answer: its first and its last token's place in a copy, or None where it was cut.
     """
 
     ids: Ids
-    second: int
+    starts: list[int]
     skipped: int
     answer: tuple[int, int] | None
 
 
-def lay_out(asked: Question, length: int) -> Reading:
+def lay_out(asked: Question, num_reads: int, length: int) -> Reading:
     """Return a question as `length` tokens at most; of a context that is too long, a part that is like the question.
 
     Raises PiKVError where the question leaves no room for a context.
     """
-    room = (length - len(asked.question)) // 2
+    room = (length - len(asked.question)) // num_reads
     if room < 1:
         raise PiKVError(
-            f"length {length} is too short for a question of {len(asked.question)} tokens and its context twice",
+            f"length {length} is too short for a question of {len(asked.question)} tokens and its context",
             hint="raise the last length of train.curriculum",
         )
     skipped = _best_part(asked.context, asked.question, room)
     context = asked.context[skipped : skipped + room]
-    second = len(context) + len(asked.question)
     first, last = (place - skipped for place in asked.answer)
-    whole = 0 <= first and last < len(context)
-    ids = np.concatenate([context, asked.question, context])
-    return Reading(ids, second, skipped, (second + first, second + last) if whole else None)
+    return Reading(
+        ids=np.concatenate([asked.question, *[context] * num_reads]),
+        starts=[len(asked.question) + number * len(context) for number in range(num_reads)],
+        skipped=skipped,
+        answer=(first, last) if 0 <= first and last < len(context) else None,
+    )
+
+
+def newest_first(asked: Question, ends: Ids) -> Question:
+    """Return a question with the sentences of its context from the last to the first.
+
+    ends: the characters at which sentences end. An answer of more than one sentence stays no span.
+    """
+    sentence = np.searchsorted(ends, asked.offsets[:, 1])
+    order = np.argsort(-sentence, kind="stable")
+    first, last = (int(np.flatnonzero(order == place)[0]) for place in asked.answer)
+    return Question(asked.context[order], asked.offsets[order], asked.question, (first, last))
 
 
 def _best_part(context: Ids, question: Ids, room: int) -> int:

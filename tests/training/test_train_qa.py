@@ -12,7 +12,7 @@ from test_train import InterruptedAt, assert_same_end, logged, train_to
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from pikv_core.data.qa import QA
-from pikv_core.data.read_twice import Question, lay_out
+from pikv_core.data.rereading import Question, lay_out, newest_first
 from pikv_core.data.tokenizer import build_word_level
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.evaluation import spans
@@ -62,13 +62,13 @@ def test_the_model_folder_loads_and_gives_the_measured_answers(data: Path, tmp_p
     rows = source.rows["test"]
     given = []
     for row in rows:
-        context = tokenizer(row.context, return_offsets_mapping=True)
-        ids = context["input_ids"] + tokenizer(row.question)["input_ids"] + context["input_ids"]
+        context = tokenizer(f" {row.context}", return_offsets_mapping=True)
+        ids = tokenizer(f" {row.question} {row.context} {row.context}")["input_ids"]
         num_tokens = len(context["input_ids"])
         with torch.no_grad():
             output = model(input_ids=torch.tensor([ids]))
         place = int((output.start_logits + output.end_logits)[0, -num_tokens:].argmax())
-        given.append(row.context[slice(*context["offset_mapping"][place])].strip())
+        given.append(f" {row.context}"[slice(*context["offset_mapping"][place])].strip())
     score = spans.score(given, [[row.answer] for row in rows], [row.kind for row in rows])
     assert result.metrics["exact_match"] == pytest.approx(score.overall.exact_match)
     assert result.metrics["token_f1"] == pytest.approx(score.overall.token_f1)
@@ -90,7 +90,7 @@ def test_training_finds_answers_in_short_stories(tmp_path: Path) -> None:
 
 
 def test_lengths_without_a_question_are_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(PiKVError, match="no question to learn from has 10 tokens or fewer"):
+    with pytest.raises(PiKVError, match="no question to learn from has 6 to 10 tokens"):
         train_on(data, tmp_path / "run", f"train.curriculum=[10, {LENGTH}]")
     with pytest.raises(PiKVError, match="length 5 is too short for a question of"):
         train_on(data, tmp_path / "other", "train.curriculum=[5]")
@@ -101,21 +101,33 @@ def question(context: list[int], asked: list[int], answer: tuple[int, int]) -> Q
     return Question(np.array(context), offsets, np.array(asked), answer)
 
 
-def test_a_context_is_read_before_and_after_its_question() -> None:
-    reading = lay_out(question([5, 6, 7, 8], [1, 2], (2, 3)), 10)
-    assert reading.ids.tolist() == [5, 6, 7, 8, 1, 2, 5, 6, 7, 8]
-    assert (reading.second, reading.skipped, reading.answer) == (6, 0, (8, 9))
+def test_a_context_comes_after_its_question_as_often_as_asked() -> None:
+    reading = lay_out(question([5, 6, 7, 8], [1, 2], (2, 3)), 2, 10)
+    assert reading.ids.tolist() == [1, 2, 5, 6, 7, 8, 5, 6, 7, 8]
+    assert (reading.starts, reading.skipped, reading.answer) == ([2, 6], 0, (2, 3))
+    assert lay_out(question([5, 6, 7, 8], [1, 2], (2, 3)), 1, 10).ids.tolist() == [1, 2, 5, 6, 7, 8]
 
 
 def test_a_context_that_is_too_long_is_cut_where_it_is_least_like_the_question() -> None:
     context = [9, 9, 3, 9, 9, 9, 9, 4, 9, 9]
-    reading = lay_out(question(context, [4, 9], (8, 8)), 8)
-    assert reading.ids.tolist() == [9, 4, 9, 4, 9, 9, 4, 9]
-    assert (reading.second, reading.skipped, reading.answer) == (5, 6, (7, 7))
+    reading = lay_out(question(context, [4, 9], (8, 8)), 2, 8)
+    assert reading.ids.tolist() == [4, 9, 9, 4, 9, 9, 4, 9]
+    assert (reading.starts, reading.skipped, reading.answer) == ([2, 5], 6, (2, 2))
     # What is kept does not depend on the answer.
-    assert lay_out(question(context, [4, 9], (2, 2)), 8).ids.tolist() == reading.ids.tolist()
-    assert lay_out(question(context, [4, 9], (2, 2)), 8).answer is None
-    assert lay_out(question(context, [4, 9], (8, 9)), 8).answer is None
+    assert lay_out(question(context, [4, 9], (2, 2)), 2, 8).ids.tolist() == reading.ids.tolist()
+    assert lay_out(question(context, [4, 9], (2, 2)), 2, 8).answer is None
+    assert lay_out(question(context, [4, 9], (8, 9)), 2, 8).answer is None
+
+
+def test_sentences_are_read_from_the_last_to_the_first(data: Path) -> None:
+    turned = newest_first(question([5, 6, 7, 8, 9], [1], (3, 4)), np.array([2, 3, 5]))
+    assert turned.context.tolist() == [8, 9, 7, 5, 6]
+    assert turned.answer == (0, 1)
+    source = QA(newest_first=True, num_reads=1).open(str(data), 0, [], None, Reporter())
+    for number, (row, asked) in enumerate(zip(source.rows["test"], source.questions["test"], strict=True)):
+        backwards = " ".join(f"{one}." for one in reversed(row.context.removesuffix(".").split(". ")))
+        assert source.tokenizer.decode(asked.context.tolist()) == f" {backwards}"
+        assert source.text("test", number, *asked.answer) == row.answer
 
 
 @pytest.mark.parametrize("longest", [1, 3, 50])

@@ -32,7 +32,9 @@ def test_the_parts_of_the_routers_loss_add_up():
 
 def test_options_and_low_rank_experts_are_saved_and_loaded(tmp_path):
     options = {"router": "fast", "router_options": {"gate": "noisy", "capacity_factor": 1.5}}
-    model = our_model(**options, expert_rank=3, expert_alpha=6.0, train_base=False, shared_expert=True, balance_loss=0.5)
+    model = our_model(
+        **options, expert_rank=3, expert_alpha=6.0, train_base=False, shared_expert=True, balance_loss=0.5
+    )
     x = ids(2, 6)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

@@ -31,7 +31,7 @@ NEVER = -1e9  # the logit of a token that can be no answer's
 
 @dataclass(frozen=True)
 class Readings:
-    """ids and mask (False for padding on the right) [B, T]; copies [B, R, T], True in each copy; first and last [B, R]."""
+    """ids, mask (False for padding on the right) [B, T]; copies [B, R, T], True in each copy; first and last [B, R]."""
 
     ids: np.ndarray
     mask: np.ndarray

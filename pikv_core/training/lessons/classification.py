@@ -67,8 +67,7 @@ class Classification(Lesson):
         if self.settings.filler_loss:
             ids_BT = to_device(batch.ids, model)
             losses["text"] = self.settings.filler_loss * text_loss(model, outputs.last_hidden_state, ids_BT, mask_BT)
-        accuracy = float((logits_BC.argmax(-1) == labels_B).float().mean())
-        return Step(losses, outputs, logits_BC, accuracy, mask_BT)
+        return Step(losses, outputs, logits_BC, mask=mask_BT)
 
     @torch.no_grad()
     def evaluate(self, model: Any, gates: Gates, hardware: Hardware) -> dict[str, float]:

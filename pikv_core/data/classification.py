@@ -8,10 +8,9 @@ from __future__ import annotations
 import functools
 import platform
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +30,7 @@ from pikv_core.data import (
 from pikv_core.data.class_f1 import f1_by_class
 from pikv_core.data.classification_source import OPTIONS, SPLITS, ClassificationSource
 from pikv_core.data.corpus import DESCRIPTION
-from pikv_core.data.manifest import agree, read_manifest, read_options
+from pikv_core.data.opened import opened, refuse_of_training
 from pikv_core.data.tokenizer import MIN_BPE_TOKENS
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.files import write_json
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 HIDDEN = "<module>"
+OF_TRAINING = ["hide_share"]
 ALL_SAMPLES = 1_000_000  # more than the standard library has
 
 Labelled = Sequence[tuple[str, str]]  # text, label
@@ -71,17 +71,8 @@ class Classification:
 
         tokenizer: in place of one that is trained on the training split.
         """
-        if path is None:
-            with tempfile.TemporaryDirectory() as temporary:
-                self.write(Path(temporary), ALL_SAMPLES, seed, text, column, reporter)
-                return classification_source.read(Path(temporary), self, tokenizer, reporter)
-        if text or column is not None:
-            raise UsageError(f"text: the data in {path} bring their own", hint="drop the text, or the path")
-        folder = Path(path)
-        read_manifest(folder, "classification")
-        written = read_options(folder / OPTIONS, Classification)
-        agree(replace(self, hide_share=written.hide_share), written, folder / OPTIONS)
-        return classification_source.read(folder, replace(written, hide_share=self.hide_share), tokenizer, reporter)
+        with opened(self, path, seed, text, column, reporter, ALL_SAMPLES, OF_TRAINING) as (folder, task):
+            return classification_source.read(folder, task, tokenizer, reporter)
 
     def write(
         self,
@@ -93,6 +84,7 @@ class Classification:
         reporter: Reporter,
     ) -> dict[str, int]:
         """Write samples.train.jsonl and samples.test.jsonl, num_samples together at most, and corpus.json."""
+        refuse_of_training(self, OF_TRAINING)
         if text:
             found, source = read_labelled(text, column, self.label_column), ", ".join(text)
         elif column is not None:

@@ -5,9 +5,8 @@ The answer is `context[start : start + len(answer)]`; no context is in both spli
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +15,7 @@ from pydantic import Field
 
 from pikv_core.data import TASKS, json_lines, parameters, qa_source, source_options, stories, text_files
 from pikv_core.data.corpus import DESCRIPTION
-from pikv_core.data.manifest import agree, read_manifest, read_options
+from pikv_core.data.opened import opened, refuse_of_training
 from pikv_core.data.qa_rows import Row, rules_of_docstrings, rules_of_stories, score
 from pikv_core.data.qa_source import OPTIONS, SPLITS, QASource
 from pikv_core.data.tokenizer import MIN_BPE_TOKENS
@@ -73,18 +72,8 @@ class QA:
 
         tokenizer: in place of one that is trained on the training split.
         """
-        if path is None:
-            with tempfile.TemporaryDirectory() as temporary:
-                self.write(Path(temporary), MADE_NOW, seed, text, column, reporter)
-                return qa_source.read(Path(temporary), self, tokenizer, reporter)
-        if text or column is not None:
-            raise UsageError(f"text: the data in {path} bring their own", hint="drop the text, or the path")
-        folder = Path(path)
-        read_manifest(folder, "qa")
-        written = read_options(folder / OPTIONS, QA)
-        agree(replace(self, **{name: getattr(written, name) for name in OF_TRAINING}), written, folder / OPTIONS)
-        task = replace(written, **{name: getattr(self, name) for name in OF_TRAINING})
-        return qa_source.read(folder, task, tokenizer, reporter)
+        with opened(self, path, seed, text, column, reporter, MADE_NOW, OF_TRAINING) as (folder, task):
+            return qa_source.read(folder, task, tokenizer, reporter)
 
     def write(
         self,
@@ -96,6 +85,7 @@ class QA:
         reporter: Reporter,
     ) -> dict[str, int]:
         """Write samples.train.jsonl and samples.test.jsonl, num_samples together (at most), and corpus.json."""
+        refuse_of_training(self, OF_TRAINING)
         text_files.refuse("qa", text, column)
         reporter.status(f"{'drawing' if self.source == 'stories' else 'reading'} {self.source}")
         split = (self.draw if self.source == "stories" else self.read)(num_samples, seed)

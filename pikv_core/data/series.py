@@ -9,8 +9,7 @@ Shapes: N windows, C values of context, H steps ahead, T values of the series.
 
 from __future__ import annotations
 
-import tempfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,8 +20,8 @@ from pydantic import Field
 
 from pikv_core.data import TASKS, real_series, series_source, source_options, strata, tensor_files, text_files
 from pikv_core.data.corpus import DESCRIPTION
-from pikv_core.data.manifest import agree, read_manifest, read_options
 from pikv_core.data.naive import errors, naive, seasonal_naive
+from pikv_core.data.opened import opened, refuse_of_training
 from pikv_core.data.real_series import Record
 from pikv_core.data.series_source import OPTIONS, SeriesSource
 from pikv_core.errors import UsageError
@@ -70,21 +69,8 @@ class Series:
         self, path: str | None, seed: int, text: list[str], column: str | None, reporter: Reporter
     ) -> SeriesSource:
         """Return the source: from a folder of gen-data at `path`, or made on the spot."""
-        if path is None:
-            with tempfile.TemporaryDirectory() as temporary:
-                self._of_data().write(Path(temporary), ON_THE_SPOT, seed, text, column, reporter)
-                return series_source.read(Path(temporary), self)
-        text_files.refuse("series", text, column)
-        folder = Path(path)
-        read_manifest(folder, "series")
-        written = read_options(folder / OPTIONS, Series)
-        agree(self._of_data(), written, folder / OPTIONS)
-        return series_source.read(folder, replace(written, **{name: getattr(self, name) for name in OF_TRAINING}))
-
-    def _of_data(self) -> Series:
-        """Return the task without what is of training alone."""
-        defaults: dict[str, Any] = {one.name: one.default for one in fields(self) if one.name in OF_TRAINING}
-        return replace(self, **defaults)
+        with opened(self, path, seed, text, column, reporter, ON_THE_SPOT, OF_TRAINING) as (folder, task):
+            return series_source.read(folder, task)
 
     def write(
         self,
@@ -97,10 +83,7 @@ class Series:
     ) -> dict[str, int]:
         """Write one safetensors file a split, num_samples windows together or all there are, and corpus.json."""
         text_files.refuse("series", text, column)
-        if self != self._of_data():
-            raise UsageError(
-                f"{', '.join(OF_TRAINING)}: nothing of the data depends on these", hint="give them to train"
-            )
+        refuse_of_training(self, OF_TRAINING)
         # A training window ends before the first test future: so many of T values begin no window of either split.
         unused = self.context_length + 2 * self.num_steps - 2
         if self.source == "synthetic":

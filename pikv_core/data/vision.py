@@ -10,8 +10,7 @@ Shapes: N samples, P patches, C numbers a patch, M modalities, F features.
 from __future__ import annotations
 
 import importlib.metadata
-import tempfile
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +20,7 @@ from pydantic import Field
 
 from pikv_core.data import TASKS, extra, source_options, strata, tensor_files, text_files, vision_source
 from pikv_core.data.corpus import DESCRIPTION
-from pikv_core.data.manifest import agree, read_manifest, read_options
+from pikv_core.data.opened import opened, refuse_of_training
 from pikv_core.data.vision_source import OPTIONS, SPLITS, VisionSource
 from pikv_core.errors import UsageError
 from pikv_core.files import write_json
@@ -70,21 +69,8 @@ class Vision:
         self, path: str | None, seed: int, text: list[str], column: str | None, reporter: Reporter
     ) -> VisionSource:
         """Return the source: from a folder of gen-data at `path`, or made on the spot of all samples there are."""
-        if path is None:
-            with tempfile.TemporaryDirectory() as temporary:
-                self._of_data().write(Path(temporary), ALL_SAMPLES, seed, text, column, reporter)
-                return vision_source.read(Path(temporary), self)
-        text_files.refuse("vision", text, column)
-        folder = Path(path)
-        read_manifest(folder, "vision")
-        written = read_options(folder / OPTIONS, Vision)
-        agree(self._of_data(), written, folder / OPTIONS)
-        return vision_source.read(folder, replace(written, **{name: getattr(self, name) for name in OF_TRAINING}))
-
-    def _of_data(self) -> Vision:
-        """Return the task without what is of training alone."""
-        defaults: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in OF_TRAINING}
-        return replace(self, **defaults)
+        with opened(self, path, seed, text, column, reporter, ALL_SAMPLES, OF_TRAINING) as (folder, task):
+            return vision_source.read(folder, task)
 
     def write(
         self,
@@ -97,10 +83,7 @@ class Vision:
     ) -> dict[str, int]:
         """Write one safetensors file a split, num_samples together or all there are, and corpus.json."""
         text_files.refuse("vision", text, column)
-        if self != self._of_data():
-            raise UsageError(
-                f"{', '.join(OF_TRAINING)}: nothing of the data depends on these", hint="give them to train"
-            )
+        refuse_of_training(self, OF_TRAINING)
         found = read(self.source)
         values, labels = found.values, found.labels
         kept = min(num_samples, len(labels))

@@ -147,7 +147,7 @@ def test_data_of_gen_data_train_as_those_made_on_the_spot(tmp_path):
     assert read.described == made.described
     with pytest.raises(PiKVError, match="patch: the data were written with 2, the task asks for 4"):
         Vision(patch=4).open(str(tmp_path / "data"), 0, [], None, Reporter())
-    with pytest.raises(UsageError, match="made without text"):
+    with pytest.raises(UsageError, match="bring their own"):
         Vision().open(str(tmp_path / "data"), 0, ["a.txt"], None, Reporter())
     (tmp_path / "data" / "vision.test.safetensors").write_bytes(b"no tensors")
     with pytest.raises(PiKVError, match=r"vision.test.safetensors: no safetensors file"):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
 
 from pikv_core.model.config import PiKVConfig
 
@@ -28,6 +28,8 @@ class PiKVAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.qk_bias)
         self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.vo_bias)
         self.o_proj = nn.Linear(wide, config.hidden_size, bias=config.vo_bias)
+        self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
         self,
@@ -39,8 +41,8 @@ class PiKVAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output [B, T, hidden] and the attention weights, where there are any."""
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q_BHTD = self.q_proj(x).view(heads).transpose(1, 2)
-        k_BHTD = self.k_proj(x).view(heads).transpose(1, 2)
+        q_BHTD = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
+        k_BHTD = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)
         v_BHTD = self.v_proj(x).view(heads).transpose(1, 2)
         q_BHTD, k_BHTD = apply_rotary_pos_emb(q_BHTD, k_BHTD, *position_embeddings)
         if past_key_values is not None:

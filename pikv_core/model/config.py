@@ -10,8 +10,9 @@ from transformers import PreTrainedConfig
 class PiKVConfig(PreTrainedConfig):
     """Describe a decoder with grouped-query attention and a mixture of experts in every layer.
 
-    qk_bias, vo_bias: a bias on the query and key, on the value and output projections. intermediate_size: width of one
-    expert. router: a name in ROUTERS, router_options what it takes beside sizes, balance_loss and z_loss the factors of
+    qk_bias, vo_bias: a bias on the query and key, on the value and output projections. qk_norm: whether each head's
+    queries and keys are normalised before they are rotated, as in Qwen3. intermediate_size: width of one expert.
+    router: a name in ROUTERS, router_options what it takes beside sizes, balance_loss and z_loss the factors of
     its losses.
     expert_rank: experts that share one base and differ by weights of this rank, scaled by expert_alpha / expert_rank;
     train_base: whether the base learns. shared_expert: as of create_moe. image_size, patch_size: of a side, in pixels,
@@ -44,6 +45,7 @@ class PiKVConfig(PreTrainedConfig):
         balance_loss: float = 0.01,
         z_loss: float = 0.001,
         qk_bias: bool = False,
+        qk_norm: bool = False,
         vo_bias: bool = False,
         attention_dropout: float = 0.0,
         max_position_embeddings: int = 4096,
@@ -85,6 +87,7 @@ class PiKVConfig(PreTrainedConfig):
         self.balance_loss = balance_loss
         self.z_loss = z_loss
         self.qk_bias = qk_bias
+        self.qk_norm = qk_norm
         self.vo_bias = vo_bias
         self.attention_dropout = attention_dropout
         self.max_position_embeddings = max_position_embeddings

@@ -36,6 +36,7 @@ class ModelRecipe(Section):
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     max_positions: Positive = 4096
     attention_bias: bool = True  # of q and k, where the architecture has it
+    qk_norm: bool = False  # normalise queries and keys, as qwen3_moe always does; of arch pikv
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelRecipe:
@@ -51,7 +52,7 @@ class ModelRecipe(Section):
 
     @model_validator(mode="after")
     def _router_fits(self) -> ModelRecipe:
-        ours = {"router": Component("base"), "expert_rank": None, "shared_expert": None}
+        ours = {"router": Component("base"), "expert_rank": None, "shared_expert": None, "qk_norm": False}
         given = [name for name, default in ours.items() if getattr(self, name) != default]
         if given and self.arch != "pikv":
             text = f"{', '.join(given)}: arch '{self.arch}' of transformers has none; set model.arch: pikv"

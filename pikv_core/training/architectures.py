@@ -115,6 +115,7 @@ def _pikv(recipe: ModelRecipe, sizes: dict[str, Any]) -> Any:
         balance_loss=recipe.balance_loss,
         z_loss=recipe.z_loss,
         qk_bias=recipe.attention_bias,
+        qk_norm=recipe.qk_norm,
         **sizes,
     )
 

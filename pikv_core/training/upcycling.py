@@ -87,6 +87,7 @@ def _sizes(dense: Any) -> dict[str, Any]:
         "rope_theta": config.rope_parameters["rope_theta"],
         "max_positions": config.max_position_embeddings,
         "attention_bias": _has_bias(dense, "q_proj"),
+        "qk_norm": hasattr(dense.base_model.layers[0].self_attn, "q_norm"),
     }
 
 
@@ -109,7 +110,7 @@ def _copy_around_experts(dense: Any, model: Any, arch: str) -> None:
     if no_place:
         raise UsageError(
             f"model.arch: '{arch}' has no place for {len(no_place)} weights of train.init_from, such as {no_place[0]}",
-            hint="biases of attention have one in pikv, norms of queries and keys in qwen3_moe",
+            hint="biases of attention have one in pikv, norms of queries and keys in pikv and qwen3_moe",
         )
     lacking = [name for name in target if ".mlp." not in name and name not in source]
     no_source = [name for name in lacking if not name.endswith(".bias")]

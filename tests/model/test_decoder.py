@@ -1,8 +1,16 @@
-"""Our decoder against transformers' Mixtral with the same weights, and as a citizen of transformers."""
+"""Our decoder against transformers' Mixtral and Qwen3-MoE with the same weights, and as a citizen of transformers."""
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pikv_core.model import PiKVConfig, PiKVForCausalLM
@@ -33,10 +41,28 @@ def ids(*shape, seed=1):
     return torch.randint(97, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_logits_equal_mixtral_with_the_same_weights():
+def mixtral_and_ours():
     torch.manual_seed(0)
     theirs = MixtralForCausalLM(MixtralConfig(num_local_experts=4, **SIZES)).eval()
-    ours = PiKVForCausalLM(PiKVConfig(num_experts=4, **SIZES)).eval()
+    return theirs, our_model()
+
+
+def qwen3_moe_and_ours():
+    torch.manual_seed(0)
+    sizes = {**SIZES, "moe_intermediate_size": SIZES["intermediate_size"], "num_experts_per_tok": 2}
+    theirs = Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=4, norm_topk_prob=True, attention_bias=True, **sizes))
+    for name, weight in theirs.named_parameters():
+        if "_norm." in name or name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias")):
+            torch.nn.init.normal_(weight)
+    return theirs.eval(), our_model(qk_bias=True, vo_bias=True, qk_norm=True)
+
+
+PEERS = pytest.mark.parametrize("peers", [mixtral_and_ours, qwen3_moe_and_ours])
+
+
+@PEERS
+def test_logits_equal_transformers_with_the_same_weights(peers):
+    theirs, ours = peers()
     ours.load_state_dict(theirs.state_dict())
     for x, mask in [
         (ids(2, 20), None),
@@ -51,10 +77,9 @@ def test_logits_equal_mixtral_with_the_same_weights():
             torch.testing.assert_close(one[kept], other[kept], atol=1e-5, rtol=1e-4)
 
 
-def test_gradients_equal_mixtral_with_the_same_weights():
-    torch.manual_seed(0)
-    theirs = MixtralForCausalLM(MixtralConfig(num_local_experts=4, **SIZES)).eval()
-    ours = PiKVForCausalLM(PiKVConfig(num_experts=4, **SIZES)).eval()
+@PEERS
+def test_gradients_equal_transformers_with_the_same_weights(peers):
+    theirs, ours = peers()
     ours.load_state_dict(theirs.state_dict())
     x = ids(2, 20)
     for model in (ours, theirs):

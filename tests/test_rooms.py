@@ -8,6 +8,7 @@ ROOMS = ("data", "moe", "model", "cache", "compression", "scheduling", "simulati
 ROOMS += ("classic",)
 COMMON = {
     "errors",
+    "collectives",
     "registry",
     "files",
     "recipes",

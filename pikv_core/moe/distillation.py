@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pikv_core.collectives import mean_count, num_ranks, total
 from pikv_core.errors import UsageError
 from pikv_core.moe.experts import Experts
 from pikv_core.moe.layer import MoE
@@ -33,7 +34,7 @@ def logit_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         )
     wanted = (at_least_float32(teacher.detach()) / temperature).log_softmax(-1)
     given = (at_least_float32(student) / temperature).log_softmax(-1)
-    return temperature**2 * F.kl_div(given, wanted, reduction="sum", log_target=True) / max(1, len(student))
+    return temperature**2 * F.kl_div(given, wanted, reduction="sum", log_target=True) / mean_count(len(student))
 
 
 class HiddenMatch(nn.Module):
@@ -61,7 +62,8 @@ class HiddenMatch(nn.Module):
                 student = F.linear(student, self.projection.weight.to(student.dtype))
             weights = torch.ones_like(student[..., 0]) if mask is None else mask.to(student.dtype)
             error = ((student - teacher).square().sum(-1) * weights).sum()
-            return error / (teacher.square().sum(-1) * weights).sum().clamp(min=torch.finfo(teacher.dtype).tiny)
+            size = total((teacher.square().sum(-1) * weights).sum()) / num_ranks()
+            return error / size.clamp(min=torch.finfo(teacher.dtype).tiny)
 
 
 class DistilledMoE(MoE):
@@ -75,7 +77,7 @@ class DistilledMoE(MoE):
         gate: Any,
         experts: Experts | LoRAExperts,
         shared_expert: SharedExpert | None,
-        match: HiddenMatch,
+        match: HiddenMatch | None,
         weight: float = 1.0,
     ):
         super().__init__(gate, experts, shared_expert)
@@ -88,6 +90,8 @@ class DistilledMoE(MoE):
         """Return y like x [..., D], and the routing; in training, given teacher_hidden [..., D'], with its loss."""
         y, routing = super().forward(x, mask, **info)
         if self.training and teacher_hidden is not None:
+            if self.match is None:
+                raise UsageError("teacher_hidden: this layer has no teacher", hint="set use_distillation=True")
             loss = self.match(y, teacher_hidden, mask)
             routing = dataclasses.replace(
                 routing,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pikv_core.collectives import total
 from pikv_core.moe.experts import Experts
 from pikv_core.moe.lora import LoRAExperts
 from pikv_core.moe.routing import Routing, entropy_sum, load_spread
@@ -40,11 +41,14 @@ class MoE(nn.Module):
             self._dropped = dropped if self._dropped is None else self._dropped + dropped
         entropy, num_tokens = entropy_sum(routing.probs.detach(), mask)
         self._entropy_sum, self._num_routed = self._entropy_sum + entropy, self._num_routed + num_tokens
-        y = self.experts(x.reshape(-1, x.shape[-1]), routing.weights, routing.experts).view_as(x)
         if self.shared_expert is not None:
-            y = y + self.shared_expert(x)
             self._shared_tokens = self._shared_tokens + (len(routing.experts) if mask is None else mask.sum())
-        return y, routing
+        return self.combine(x, routing), routing
+
+    def combine(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return what the chosen experts and the shared one make of x [..., D]."""
+        y = self.experts(x.reshape(-1, x.shape[-1]), routing.weights, routing.experts).view_as(x)
+        return y if self.shared_expert is None else y + self.shared_expert(x)
 
     def reset_stats(self) -> None:
         """Forget the load counted so far."""
@@ -56,19 +60,24 @@ class MoE(nn.Module):
     def get_stats(self) -> dict[str, Any]:
         """Return the load since the last reset, dropped choices, and what the router and the experts have to tell.
 
+        What is counted is that of all ranks, each of which has to ask.
         The load is that of the choices, dropped ones too: per expert, max/mean, coefficient of variation. Tokens
         of the shared expert are counted apart. router_entropy: of a token's probabilities, nats, the mean.
         """
         counts = self._expert_tokens
-        counts = torch.zeros(self.experts.num_experts, dtype=torch.int64) if counts is None else counts
+        counts = torch.zeros(self.gate.num_experts, dtype=torch.int64) if counts is None else total(counts)
+        told = (self._entropy_sum, self._num_routed, self._dropped or 0, self._shared_tokens)
+        entropy, num_routed, dropped, shared_tokens = total(
+            torch.tensor([float(one) for one in told], dtype=torch.float64)
+        ).tolist()
         stats = {
             "expert_tokens": counts.tolist(),
             **load_spread(counts),
-            "router_entropy": float(self._entropy_sum) / max(1, int(self._num_routed)),
-            "dropped_tokens": 0 if self._dropped is None else int(self._dropped),
+            "router_entropy": entropy / max(1, num_routed),
+            "dropped_tokens": int(dropped),
             **self.experts.get_stats(),
             **self.gate.get_stats(),
         }
         if self.shared_expert is not None:
-            stats |= {"shared_expert_tokens": int(self._shared_tokens), **self.shared_expert.get_stats()}
+            stats |= {"shared_expert_tokens": int(shared_tokens), **self.shared_expert.get_stats()}
         return stats

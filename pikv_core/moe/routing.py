@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pikv_core.collectives import mean_count, total
+
 
 @dataclass(frozen=True, eq=False)
 class Routing:
@@ -77,8 +79,9 @@ def count_tokens(experts: Tensor, num_experts: int, mask: Tensor | None = None) 
 
 
 def balance_loss(probs: Tensor, expert_tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return E/(N·K)·Σ_e c_e·P_e over the N real tokens, 1 when the load is balanced."""
-    shares = expert_tokens / expert_tokens.sum().clamp(min=1)
+    """Return E/(N·K)·Σ_e c_e·P_e over the N real tokens, 1 when the load is balanced; c_e is that of all ranks."""
+    counts = total(expert_tokens)
+    shares = counts / counts.sum().clamp(min=1)
     return probs.shape[-1] * (shares * _mean_over_tokens(probs, mask)).sum()
 
 
@@ -107,6 +110,6 @@ def entropy_sum(probs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tens
 
 def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
-        return values.sum(0) / max(1, len(values))
+        return values.sum(0) / mean_count(len(values))
     weights = mask.to(values.dtype)
-    return torch.tensordot(weights, values, 1) / weights.sum().clamp(min=1)
+    return torch.tensordot(weights, values, 1) / mean_count(weights.sum())

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pikv_core.collectives import total
 from pikv_core.moe.layer import MoE
 from pikv_core.moe.routing import balance_loss, count_tokens, entropy_sum, load_spread, z_loss
 
@@ -120,14 +121,16 @@ class WatchedGates:
         self._num_tokens = 0
 
     def statistics(self) -> list[LayerStatistics]:
+        entropies = total(torch.tensor([float(entropy) for entropy in self._entropy], dtype=torch.float64))
+        num_tokens = max(1, int(total(torch.tensor(self._num_tokens))))
         return [
             {
                 "expert_tokens": load.tolist(),
                 **load_spread(load),
-                "router_entropy": float(entropy) / max(1, self._num_tokens),
+                "router_entropy": entropy / num_tokens,
                 "dropped_tokens": 0,
             }
-            for load, entropy in zip(self._load, self._entropy)
+            for load, entropy in zip(map(total, self._load), entropies.tolist())
         ]
 
     def _record(self, gate: Any, inputs: tuple[Tensor, ...]) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pikv_core.collectives import mean_count
 from pikv_core.data.source import Batch
 
 
@@ -25,10 +26,10 @@ class Scores:
 
     def losses(self, filler_loss: float) -> dict[str, Tensor]:
         """Return the mean answer loss and filler_loss times the mean text loss; a batch without answers is all text."""
-        text = self.text_loss / max(1, self.num_text)
+        text = self.text_loss / mean_count(self.num_text)
         if not self.num_answers:
             return {"text": text}
-        answers = {"answers": self.answer_loss / self.num_answers}
+        answers = {"answers": self.answer_loss / mean_count(self.num_answers)}
         return answers | {"text": filler_loss * text} if filler_loss else answers
 
 

@@ -113,8 +113,7 @@ def _steps(router, part):
     first, second = torch.randn(2, T, D) + 0.5, torch.randn(T, D) - 0.5
     router(first[part].reshape(-1, D))
     router.end_step()
-    if part != 1:
-        router(second)
+    router(second[:0] if part == 1 else second)
     router.end_step()
     return router.bias
 

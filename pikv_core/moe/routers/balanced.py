@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from pikv_core.collectives import total
 from pikv_core.errors import UsageError
 from pikv_core.moe.router import Router
 from pikv_core.moe.routers import ROUTERS
@@ -66,9 +66,8 @@ class BalancedRouter(Router):
     @torch.no_grad()
     def end_step(self) -> None:
         """Move the bias by the load of all forwards since the last step, over all data-parallel ranks."""
-        load = torch.zeros_like(self.bias, dtype=torch.int64) if self._load is None else self._load.clone()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(load)  # by every rank, one without tokens too
+        own = torch.zeros_like(self.bias, dtype=torch.int64) if self._load is None else self._load
+        load = total(own)  # asked by every rank, one without tokens too
         self.bias += self.rate * (load.double().mean() - load).sign().to(self.bias.dtype)
         self.bias -= self.bias.mean()
         self._load = None

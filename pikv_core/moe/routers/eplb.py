@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pikv_core.collectives import total
 from pikv_core.errors import UsageError
 from pikv_core.moe.router import Router
 from pikv_core.moe.routers import ROUTERS
@@ -64,7 +65,7 @@ class EPLBRouter(Router):
 
     def route(self, x_TD: Tensor, mask_T: Tensor | None, info_T: Tensor | None = None) -> Routing:
         routing = super().route(x_TD, mask_T, info_T)
-        self.load.mul_(self.decay).add_(routing.expert_tokens)
+        self.load.mul_(self.decay).add_(total(routing.expert_tokens))
         return routing
 
     def plan(self, num_slots: int, num_ranks: int) -> Placement:

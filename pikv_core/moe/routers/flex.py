@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pikv_core.collectives import mean_count
 from pikv_core.errors import UsageError
 from pikv_core.moe.router import Router
 from pikv_core.moe.routers import ROUTERS
@@ -52,7 +53,7 @@ class FlexRouter(Router):
         if info_T is not None:
             special_T = info_T != 0 if mask_T is None else (info_T != 0) & mask_T
             entropy_T = F.cross_entropy(logits_TE, info_T.long() % self.num_experts, reduction="none")
-            losses["combination"] = (entropy_T * special_T).sum() / special_T.sum().clamp(min=1)
+            losses["combination"] = (entropy_T * special_T).sum() / mean_count(special_T.sum())
         return losses
 
 

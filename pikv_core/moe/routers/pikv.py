@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from pikv_core.collectives import total
 from pikv_core.errors import UsageError
 from pikv_core.moe.expert_cache import lru_hits
 from pikv_core.moe.router import Router
@@ -82,9 +82,7 @@ class PiKVRouter(Router):
         counts = torch.zeros(2, self.num_experts, dtype=torch.int64, device=self.hits.device)
         if self._step is not None:
             counts += torch.stack(self._step)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)  # by every rank, one without tokens too
-        self.observe_hits(counts[0], counts[1])
+        self.observe_hits(*total(counts))  # asked by every rank, one without tokens too
         self._step = None
 
     def reset_stats(self) -> None:
@@ -123,9 +121,8 @@ class PiKVRouter(Router):
         return logits_TE.gather(-1, experts_TK).softmax(-1), experts_TK
 
     def get_stats(self) -> dict[str, Any]:
-        measured = (
-            None if self._counted is None else float(self._counted[0].sum() / self._counted[1].sum().clamp(min=1))
-        )
+        counted = None if self._counted is None else total(torch.stack(self._counted)).sum(-1)
+        measured = None if counted is None else float(counted[0] / counted[1].clamp(min=1))
         return {
             "expert_hit_rate": measured,
             "hit_rate": _or_none(self.hits / self.accesses),

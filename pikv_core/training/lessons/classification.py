@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pikv_core.collectives import mean_count
 from pikv_core.data import token_rows
 from pikv_core.evaluation import classification
 from pikv_core.training.gates import Gates, load_statistics
@@ -60,9 +61,10 @@ class Classification(Lesson):
         labels_B = to_device(batch.labels, model)
         logits_BC = _at_the_end(logits_BTC, mask_BT)
         places_BT = labels_B[:, None].expand(mask_BT.shape)
+        everywhere = F.cross_entropy(logits_BTC[mask_BT], places_BT[mask_BT], reduction="sum")
         losses = {
             "labels": F.cross_entropy(logits_BC, labels_B),
-            "prefixes": PREFIXES * F.cross_entropy(logits_BTC[mask_BT], places_BT[mask_BT]),
+            "prefixes": PREFIXES * everywhere / mean_count(mask_BT.sum()),
         }
         if self.settings.filler_loss:
             ids_BT = to_device(batch.ids, model)

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pikv_core.collectives import mean_count
+
 
 def text_loss(model: Any, hidden_BTD: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Return the mean cross-entropy (nats) of each token after the first one that mask_BT marks as part of a text."""
     scored_BT = mask_BT[:, 1:]
     logits = next_logits(model, hidden_BTD[:, :-1][scored_BT])
-    return F.cross_entropy(logits, ids_BT[:, 1:][scored_BT])
+    return F.cross_entropy(logits, ids_BT[:, 1:][scored_BT], reduction="sum") / mean_count(len(logits))
 
 
 def next_logits(model: Any, hidden_ND: Tensor) -> Tensor:

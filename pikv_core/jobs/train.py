@@ -25,6 +25,7 @@ from pikv_core.training.optimizers import Optimizers
 from pikv_core.training.products import save_adapter, save_model
 from pikv_core.training.router_log import draw_load
 from pikv_core.training.start import start_model
+from pikv_core.training.team import Team
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,11 @@ class TrainResult:
     adapter_bytes: int | None = None
 
 
-def run(recipe: TrainRecipe, run: Run) -> TrainResult:
-    """Train, or go on where the run folder's checkpoint left off; the recipe is checked before any file is made."""
+def run(recipe: TrainRecipe, run: Run) -> TrainResult | None:
+    """Train, or go on where the run folder's checkpoint left off; the recipe is checked before any file is made.
+
+    Under torchrun the ranks share every step; rank 0 alone measures the end, saves and returns a result.
+    """
     finished = _stored_result(run)
     if finished is not None:
         run.reporter.status(f"{run.folder}: the run is finished; this is its result")
@@ -55,20 +59,28 @@ def run(recipe: TrainRecipe, run: Run) -> TrainResult:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     chosen, settings = hardware.choose(recipe.device, recipe.dtype), recipe.train
+    with Team.of_torchrun(chosen.device, settings.parallel.expert_ranks) as team:
+        return _train(recipe, run, chosen, team)
+
+
+def _train(recipe: TrainRecipe, run: Run, chosen: hardware.Hardware, team: Team) -> TrainResult | None:
+    settings = recipe.train
     lesson, tokenizer = open_lesson(recipe, run.reporter)
     curriculum = Curriculum(settings, lesson.has_answers)
     torch.manual_seed(recipe.seed)
     model = start_model(recipe, lesson)
     adapter = None if settings.lora is None else add_adapter(model, settings.lora, lesson.head)
+    num_weights, num_trainable = _count(model)
     model.to(chosen.device)
+    team.share_experts(model)
     gates = gates_of(model, recipe.model.balance_loss, recipe.model.z_loss)
     distil = settings.distill
     distillation = None if distil is None else Distillation.load(distil, lesson, model, chosen)
-    optimizers = Optimizers(model, settings, [] if distillation is None else distillation.parameters())
-    loop = Loop(run, model, lesson, gates, settings, chosen, curriculum, optimizers, distillation)
-    num_weights, num_trainable = _count(model)
+    beside = None if distillation is None else dict(distillation.named_parameters())
+    optimizers = Optimizers(model, settings, beside, team)
+    loop = Loop(run, model, lesson, gates, settings, chosen, curriculum, optimizers, distillation, team=team)
     told = f"{num_weights:,}" if num_trainable == num_weights else f"{num_trainable:,} of {num_weights:,}"
-    backends = {**chosen.describe(), "optimizer": settings.optimizer, "weights": told}
+    backends = {**chosen.describe(), **team.describe(), "optimizer": settings.optimizer, "weights": told}
     run.reporter.status(", ".join(f"{name} {value}" for name, value in backends.items()))
 
     with nullcontext() if settings.cache is None else compressed_attention(model, settings.cache) as loop.context:
@@ -77,6 +89,11 @@ def run(recipe: TrainRecipe, run: Run) -> TrainResult:
         if settings.init_from is not None and not run.resumed:
             loop.log_start()
         num_steps, tokens_per_s = loop.train()
+    team.unite_experts(model)
+    if not team.leave():
+        return None
+    if team.count > 1:
+        gates = gates_of(model, recipe.model.balance_loss, recipe.model.z_loss)
     if curriculum.has_stages and not curriculum.mastered:
         run.reporter.status(
             f"max_steps reached before the curriculum's end: {len(curriculum.state.stages)} of "

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from pikv_core.collectives import mean_count, num_ranks, total
 from pikv_core.errors import UsageError
-from pikv_core.moe.experts import Experts
 from pikv_core.moe.layer import MoE
-from pikv_core.moe.lora import LoRAExperts
 from pikv_core.moe.router import at_least_float32
 from pikv_core.moe.routing import Routing
 from pikv_core.moe.shared import SharedExpert
@@ -75,7 +73,7 @@ class DistilledMoE(MoE):
     def __init__(
         self,
         gate: Any,
-        experts: Experts | LoRAExperts,
+        experts: Any,
         shared_expert: SharedExpert | None,
         match: HiddenMatch | None,
         weight: float = 1.0,

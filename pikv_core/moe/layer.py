@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from pikv_core.collectives import total
-from pikv_core.moe.experts import Experts
-from pikv_core.moe.lora import LoRAExperts
 from pikv_core.moe.routing import Routing, entropy_sum, load_spread
 from pikv_core.moe.shared import SharedExpert
 
@@ -17,7 +15,7 @@ from pikv_core.moe.shared import SharedExpert
 class MoE(nn.Module):
     """Send tokens to experts and add up what these return, with what the shared expert returns of every token."""
 
-    def __init__(self, gate: Any, experts: Experts | LoRAExperts, shared_expert: SharedExpert | None = None):
+    def __init__(self, gate: Any, experts: Any, shared_expert: SharedExpert | None = None):
         super().__init__()
         self.gate = gate
         self.experts = experts

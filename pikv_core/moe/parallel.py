@@ -66,28 +66,20 @@ class ShardedExperts(nn.Module):
             kept = nn.Parameter(weight[mine].clone(), weight.requires_grad) if name in self.sharded else weight
             self.register_parameter(name, kept)
             setattr(experts, name, kept)
-        self._slots_RS = torch.arange(self.num_experts).view(self.num_ranks, self._num_home)
+        self.slots = torch.arange(self.num_experts).view(self.num_ranks, self._num_home)  # experts, [R, S/R], sorted
         self._rows: Tensor | None = None
 
     @property
     def at_home(self) -> bool:
         """Whether every expert is where its weights are, and nowhere else."""
-        return torch.equal(self._slots_RS.flatten(), torch.arange(self.num_experts))
+        return torch.equal(self.slots.flatten(), torch.arange(self.num_experts))
 
-    @property
-    def slots(self) -> Tensor:
-        """Return the expert of each slot, [R, S/R]."""
-        return self._slots_RS
-
-    def place(self, placement: Placement | None) -> None:
-        """Have the experts where a plan wants them, from the next forward pass on; None: at home."""
-        if placement is None:
-            self._slots_RS = torch.arange(self.num_experts).view(self.num_ranks, self._num_home)
-            return
+    def place(self, placement: Placement) -> None:
+        """Have the experts where a plan wants them, from the next forward pass on."""
         if int(placement.ranks.max()) + 1 != self.num_ranks:
             raise UsageError(f"the plan is for {int(placement.ranks.max()) + 1} ranks, not {self.num_ranks}")
         held = [placement.experts[placement.ranks == rank].sort().values for rank in range(self.num_ranks)]
-        self._slots_RS = torch.stack(held)
+        self.slots = torch.stack(held)
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Return Σ_k weights[t, k]·expert[experts[t, k]](x[t]) for x [T, D]."""
@@ -95,7 +87,7 @@ class ShardedExperts(nn.Module):
 
     def send(self, x: Tensor, weights: Tensor, experts: Tensor) -> _Sent:
         """Start the tokens x [T, D] on their way to their experts [T, K]."""
-        slots_S = self._slots_RS.flatten().to(x.device)
+        slots_S = self.slots.flatten().to(x.device)
         slots_N = (experts if self.at_home else spread(experts, slots_S)).reshape(-1)
         order_N = slots_N.argsort(stable=True)
         counts_S = torch.bincount(slots_N, minlength=len(slots_S))
@@ -114,7 +106,7 @@ class ShardedExperts(nn.Module):
         ones_P1 = sent.weights_TK.new_ones(len(sent.slots), 1)
         weights = dict(self.named_parameters(recurse=False)) | {name: self._fetched(name) for name in self.sharded}
         experts = self._whole[0]
-        experts.num_experts = self._slots_RS.shape[1]
+        experts.num_experts = self.slots.shape[1]
         out_PD = functional_call(experts, weights, (sent.rows, ones_P1, sent.slots[:, None]))
         out_ND = all_to_all_single_autograd(out_PD.contiguous(), sent.num_out, sent.num_in, self.group)
         back_N = torch.empty_like(sent.order_N)
@@ -140,7 +132,7 @@ class ShardedExperts(nn.Module):
 
     def get_stats(self) -> dict[str, Any]:
         """Return the rows that every slot of every rank had, [R, S/R], over all groups; and the bytes here."""
-        rows_RS = torch.zeros(self._slots_RS.shape, dtype=torch.int64)
+        rows_RS = torch.zeros(self.slots.shape, dtype=torch.int64)
         if self._rows is not None:
             rows_RS[self.rank] = self._rows.cpu()
         dist.all_reduce(rows_RS)
@@ -155,9 +147,9 @@ class ShardedExperts(nn.Module):
         weight = getattr(self, name)
         if self.at_home:
             return weight
-        home_RS = self._slots_RS // self._num_home  # the slots of a rank are sorted, so grouped by home
+        home_RS = self.slots // self._num_home  # the slots of a rank are sorted, so grouped by home
         mine = (home_RS == self.rank).to(weight.device)
-        leaving = self._slots_RS.to(weight.device)[mine] - self.rank * self._num_home
+        leaving = self.slots.to(weight.device)[mine] - self.rank * self._num_home
         num_out = mine.sum(-1).tolist()
         num_in = torch.bincount(home_RS[self.rank], minlength=self.num_ranks).tolist()
         rows = weight.index_select(0, leaving).flatten(1)

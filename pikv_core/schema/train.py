@@ -111,6 +111,13 @@ class DistillSettings(Section):
         return self
 
 
+class ParallelSettings(Section):
+    """How the processes that torchrun starts share the work; each has its part of every batch."""
+
+    expert_ranks: Positive = 1  # processes that share the experts of every layer; of arch pikv
+    place_every: Positive = 100  # steps after which the router eplb has experts moved and copied by their load
+
+
 class TrainSettings(Section):
     """The course of training; lengths in tokens."""
 
@@ -122,7 +129,9 @@ class TrainSettings(Section):
     cache: CacheRecipe | None = None  # what is kept of a context when the tokens after it are read
     selection_loss: Annotated[float, Field(ge=0)] = 0.0  # weight of: the policy observes what is read later
 
-    batch_tokens: Positive = 4096
+    parallel: ParallelSettings = ParallelSettings()
+
+    batch_tokens: Positive = 4096  # a step, of all processes together
     max_steps: Positive = 6000
     # Without stages to master, as most tasks are, the last length is that of every step, and of a text the most tokens.
     curriculum: Annotated[list[Positive], Field(min_length=1)] = [16, 32, 64, 128, 256, 512, 1024]
@@ -149,7 +158,9 @@ class DuoGateSettings(Section):
     recent: Positive = 256  # newest tokens that it sees
     length: Positive = 1024  # of a sample
     steps: Positive = 200
-    batch_tokens: Positive = 4096
+    parallel: ParallelSettings = ParallelSettings()
+
+    batch_tokens: Positive = 4096  # a step, of all processes together
     lr: Annotated[float, Field(gt=0)] = 0.02
     l1: Annotated[float, Field(ge=0)] = 0.05  # weight of the mean gate, against the change of the hidden states
     text: list[str] = []  # around the needles, in place of the embedded corpus

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from pikv_core.errors import PiKVError
@@ -27,6 +28,7 @@ from pikv_core.training.interrupt import Interrupt
 from pikv_core.training.lessons.base import Lesson
 from pikv_core.training.optimizers import Optimizers
 from pikv_core.training.router_log import router_values
+from pikv_core.training.team import Team
 
 
 @dataclass
@@ -43,44 +45,55 @@ class Loop:
     optimizers: Optimizers
     distillation: Distillation | None = None
     context: CompressedContext | None = None
+    team: Team = field(default_factory=Team)
+
+    def __post_init__(self) -> None:
+        self._forward = self.team.stepper(self.model, self.lesson)
 
     @torch.no_grad()
     def log_start(self) -> None:
         """Tell the held-out metrics of the model as it is; this leaves no trace in what follows."""
         with torch.random.fork_rng():
             metrics = self.lesson.evaluate(self.model.eval(), self.gates, self.hardware)
-        self.run.telemetry.metrics(0, {f"start/{name}": value for name, value in metrics.items()})
+        if self.team.leads:
+            self.run.telemetry.metrics(0, {f"start/{name}": value for name, value in metrics.items()})
 
     def train(self) -> tuple[int, float]:
         """Run all steps that are left; return their total number and this process's tokens per second."""
         step = self._restore()
         begun, num_tokens = time.perf_counter(), 0
         self.model.train()
-        with Interrupt() as interrupt:
+        with Interrupt() as interrupt, self.team.lost(self._how_to_go_on):
             while not self.curriculum.is_over(step):
-                num_tokens += self._step(step, num_tokens / max(1e-9, time.perf_counter() - begun))
+                tokens_per_s = num_tokens / max(1e-9, time.perf_counter() - begun)
+                tokens_of_step, is_wanted = self._step(step, tokens_per_s, interrupt)
+                num_tokens += tokens_of_step
                 step += 1
-                if interrupt.wanted:
+                if is_wanted:
                     self._save(step)
-                    self.run.telemetry.close()
-                    raise PiKVError(
-                        f"interrupted at step {step}",
-                        hint=f"go on with `pikv train --resume {self.run.folder}`",
-                    )
+                    if self.team.leads:
+                        self.run.telemetry.close()
+                    raise PiKVError(f"interrupted at step {step}", hint=self._how_to_go_on)
                 if step % self.settings.checkpoint_every == 0 and not self.curriculum.is_over(step):
                     self._save(step)
         return step, num_tokens / max(1e-9, time.perf_counter() - begun)
 
-    def _step(self, step: int, tokens_per_s: float) -> int:
+    @property
+    def _how_to_go_on(self) -> str:
+        return f"go on with `pikv train --resume {self.run.folder}`" if self.team.leads else "rank 0 says how to go on"
+
+    def _step(self, step: int, tokens_per_s: float, interrupt: Interrupt) -> tuple[int, bool]:
+        """Take a step; return its tokens over all ranks, and whether one of them was told to stop."""
         length, lr = self.curriculum.length(step), self.curriculum.lr(step)
         is_logged = (step + 1) % self.settings.log_every == 0
         if is_logged:
             self.gates.reset()  # what is told is of this step alone, so that a resumed run tells the same
-        batch = self.lesson.batch(self.run.recipe.seed, step, length)
+        everyones = self.lesson.batch(self.run.recipe.seed, step, length)
+        batch = self.team.rows(everyones)
         with self.hardware.autocast():
             if self.context is not None:
                 self.context.read(self.lesson.context(self.model, batch))
-            done = self.lesson.step(self.model, batch)
+            done = self._forward(batch)
             losses = done.losses | self.gates.losses(done.outputs, done.mask)
             if self.context is not None and self.settings.selection_loss:
                 losses["selection"] = self.settings.selection_loss * self.context.selection_loss
@@ -88,12 +101,16 @@ class Loop:
                 losses |= self.distillation.losses(self.lesson, batch, done)
             total = torch.stack(list(losses.values())).sum()
         total.backward()
-        value = total.item()
+        has_accuracy = done.accuracy is not None
+        told = [total.item(), done.accuracy or 0.0, interrupt.wanted, *(loss.item() for loss in losses.values())]
+        value, accuracy, wanted, *parts = self.team.means(told)
         if not math.isfinite(value):
             raise PiKVError(f"the loss is {value} at step {step}", hint="lower train.lr or train.clip_norm")
         grad_norm = self.optimizers.step(lr)
         self.gates.end_step()
-        stage = self.curriculum.observe(step, done.accuracy)
+        if (step + 1) % self.settings.parallel.place_every == 0:
+            self.team.place_experts()
+        stage = self.curriculum.observe(step, accuracy if has_accuracy else None)
         if stage is not None:
             self.run.reporter.status(
                 f"length {stage['length']} mastered after {stage['num_steps']} steps, {step + 1} in all"
@@ -104,39 +121,47 @@ class Loop:
         if is_logged:
             values = {
                 "train/loss": value,
-                **{f"train/loss/{name}": loss.item() for name, loss in losses.items()},
+                **{f"train/loss/{name}": part for name, part in zip(losses, parts, strict=True)},
                 "train/length_tokens": length,
                 "train/lr": lr,
                 "train/grad_norm": grad_norm,
                 "train/tokens_per_s": tokens_per_s,
             }
-            if done.accuracy is not None:
-                values |= {"train/accuracy": done.accuracy, "train/accuracy_average": self.curriculum.accuracy}
+            if has_accuracy:
+                values |= {"train/accuracy": accuracy, "train/accuracy_average": self.curriculum.accuracy}
             if self.context is not None:
                 values |= {f"cache/{name}": value for name, value in vars(self.context.statistics).items()}
-            self.run.telemetry.metrics(step + 1, values | router_values(self.gates.statistics()))
-        return self.lesson.num_tokens(batch)
+            values |= router_values(self.gates.statistics())  # which every rank has to ask for
+            if self.team.leads:
+                self.run.telemetry.metrics(step + 1, values)
+        # Ranks have to stop at one step; one alone need not be asked before the step's end.
+        return self.lesson.num_tokens(everyones), wanted > 0 or (self.team.count == 1 and interrupt.wanted)
 
     def _save(self, step: int) -> None:
-        save_checkpoint(
-            self.run.folder,
-            Checkpoint(
-                step,
-                self.model.state_dict(),
-                self.optimizers.state_dict(),
-                self.curriculum.state_dict(),
-                torch.get_rng_state(),
-                {} if self.distillation is None else self.distillation.state_dict(),
-            ),
+        beside = {} if self.distillation is None else self.distillation.state_dict()
+        checkpoint = Checkpoint(
+            step,
+            self.model.state_dict(),
+            self.optimizers.state_dict(),
+            self.curriculum.state_dict(),
+            torch.get_rng_state(),
+            beside | self.team.state_dict(),
         )
+        save_checkpoint(self.run.folder if self.team.leads else None, checkpoint, self.team)
 
     def _restore(self) -> int:
         """Take over the run's newest checkpoint; return the number of steps it has behind it."""
-        checkpoint = load_checkpoint(self.run.folder) if self.run.resumed else None
+        checkpoint = load_checkpoint(self.run.folder, self.team) if self.run.resumed else None
         if checkpoint is not None:
             self._take_over(checkpoint)
         step = checkpoint.step if checkpoint else 0
-        drop_metrics_after(self.run.folder, step)
+        if checkpoint is not None and checkpoint.random_state is not None:
+            torch.set_rng_state(checkpoint.random_state)
+        elif self.team.count > 1 or checkpoint is not None:  # each rank draws what its router draws by itself
+            seed = np.random.default_rng([self.run.recipe.seed, step, self.team.rank]).integers(2**63)
+            torch.manual_seed(int(seed))
+        if self.team.leads:
+            drop_metrics_after(self.run.folder, step)
         if self.run.resumed:
             self.run.reporter.status(f"going on after step {step}")
         return step
@@ -146,11 +171,12 @@ class Loop:
             self.model.load_state_dict(checkpoint.weights)
             self.optimizers.load_state_dict(checkpoint.optimizers)
             self.curriculum.load_state_dict(checkpoint.curriculum)
+            self.team.load_state_dict(checkpoint.beside)
             if self.distillation is not None:
-                self.distillation.load_state_dict(checkpoint.beside)
+                own = self.distillation.state_dict()
+                self.distillation.load_state_dict({name: checkpoint.beside[name] for name in own})
         except (ValueError, TypeError, RuntimeError, KeyError) as error:
             raise PiKVError(
                 f"{self.run.folder}: the checkpoint does not fit the run's recipe: {str(error).splitlines()[0]}",
                 hint="it may be of another version of pikv, or of other data; train anew in a new folder",
             ) from error
-        torch.set_rng_state(checkpoint.random_state)

@@ -8,32 +8,42 @@ frequencies before attention learns to look them up, and a small model stays the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
 
 from pikv_core.schema import TrainSettings
+from pikv_core.training.team import Team
 
 BETAS = (0.9, 0.95)
+BESIDE = "beside."  # before the names of what learns beside the model
 
 
 class Optimizers:
     """One step, one learning rate and one state over all optimizers of a model."""
 
-    def __init__(self, model: Any, settings: TrainSettings, beside: Iterable[Tensor] = ()):
-        """Take the weights of a model that learn, and those of what learns beside it."""
+    def __init__(
+        self, model: Any, settings: TrainSettings, beside: Mapping[str, Tensor] | None = None, team: Team | None = None
+    ):
+        """Take the weights of a model that learn, and those of what learns beside it, by name."""
         self._clip_norm = settings.clip_norm
-        beside = list(beside)
-        self._weights = [*(weight for weight in model.parameters() if weight.requires_grad), *beside]
+        self._team = team or Team()
+        self._beside = dict(beside or {})
+        learning = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self._weights = learning | {f"{BESIDE}{name}": weight for name, weight in self._beside.items()}
         decay = settings.weight_decay
         ends = (getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output"))
         outside = {id(module.weight) for module in ends if module is not None}
-        groups: dict[str, list[Tensor]] = {"muon": [], "experts": [], "decayed": beside, "plain": []}
-        for name, weight in model.named_parameters():
-            if not weight.requires_grad:
-                continue
+        groups: dict[str, list[Tensor]] = {
+            "muon": [],
+            "experts": [],
+            "decayed": list(self._beside.values()),
+            "plain": [],
+        }
+        for name, weight in learning.items():
             if weight.dim() < 2 or id(weight) in outside:
                 groups["plain"].append(weight)
             elif settings.optimizer == "muon" and weight.dim() == 2 and _is_matrix_of_a_block(name):
@@ -58,7 +68,9 @@ class Optimizers:
 
     def step(self, lr: float) -> float:
         """Clip the gradients, move the weights, forget the gradients; return their norm before."""
-        norm = torch.nn.utils.clip_grad_norm_(self._weights, self._clip_norm)
+        self._team.average_gradients(self._beside.values())
+        norm = self._team.gradient_norm(self._weights.values())
+        clip_grads_with_norm_(self._weights.values(), self._clip_norm, norm)
         for optimizer in self._all:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_factor", 1.0)
@@ -66,14 +78,33 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """Return the states, to be saved."""
-        return [optimizer.state_dict() for optimizer in self._all]
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Return what is remembered of each weight, by its name; settings are the recipe's, and no part of it."""
+        states = {weight: state for optimizer in self._all for weight, state in optimizer.state.items()}
+        return {name: dict(states[weight]) for name, weight in self._weights.items() if weight in states}
 
-    def load_state_dict(self, states: Iterable[dict[str, Any]]) -> None:
-        """Take over saved states."""
-        for optimizer, state in zip(self._all, states, strict=True):
-            optimizer.load_state_dict(state)
+    def load_state_dict(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over what was remembered of each weight."""
+        unknown = [name for name in states if name not in self._weights]
+        if unknown:
+            raise ValueError(f"{unknown[0]} does not learn here")
+        for optimizer in self._all:
+            mine = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+            for name, weight in self._weights.items():
+                if id(weight) in mine and name in states:
+                    _check_shapes(name, weight, states[name])
+                    optimizer.state[weight] = {key: _placed(value, weight) for key, value in states[name].items()}
+
+
+def _check_shapes(name: str, weight: Tensor, state: Mapping[str, Tensor]) -> None:
+    for value in state.values():
+        if value.dim() and value.shape != weight.shape:
+            raise ValueError(f"{name} was of shape {list(value.shape)}, and is of {list(weight.shape)}")
+
+
+def _placed(value: Tensor, weight: Tensor) -> Tensor:
+    """Return a state where its weight is; numbers of steps stay on the CPU, where optimizers count them."""
+    return value.to(weight.device) if value.dim() else value
 
 
 def _is_matrix_of_a_block(name: str) -> bool:

@@ -1,6 +1,7 @@
 """The objective, the optimizers' groups, the gates of transformers models, and checkpoints on disk."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -121,7 +122,9 @@ def test_gates_of_transformers_models_have_our_decoders_losses_and_load(arch):
 
 def a_checkpoint(step):
     weights = {"a": torch.full((3,), float(step))}
-    return Checkpoint(step, weights, [{"state": {0: torch.ones(2)}}], {"stage": 1}, torch.get_rng_state())
+    return Checkpoint(
+        step, weights, {"a": {"step": torch.tensor(3.0), "exp_avg": torch.ones(3)}}, {"stage": 1}, torch.get_rng_state()
+    )
 
 
 def test_the_newest_checkpoint_is_loaded_and_the_only_one_kept(tmp_path):
@@ -131,6 +134,9 @@ def test_the_newest_checkpoint_is_loaded_and_the_only_one_kept(tmp_path):
     assert loaded.step == 112
     assert torch.equal(loaded.weights["a"], torch.full((3,), 112.0))
     assert loaded.curriculum == {"stage": 1}
+    assert torch.equal(loaded.random_state, a_checkpoint(112).random_state)
+    for key, value in a_checkpoint(112).optimizers["a"].items():
+        assert torch.equal(loaded.optimizers["a"][key], value)
     assert [entry.name for entry in (tmp_path / "checkpoint").iterdir()] == ["112"]
 
 
@@ -143,9 +149,12 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path):
 
 def test_a_damaged_checkpoint_is_told_by_its_path(tmp_path):
     save_checkpoint(tmp_path, a_checkpoint(8))
-    (tmp_path / "checkpoint" / "8" / "state.pt").write_bytes(b"nothing")
-    with pytest.raises(PiKVError, match="checkpoint/8: the checkpoint cannot be read"):
-        load_checkpoint(tmp_path)
+    for file in ("__0_0.distcp", ".metadata", "progress.json"):
+        (tmp_path / "checkpoint" / "8" / file).write_bytes(b"nothing")
+        with pytest.raises(PiKVError, match="checkpoint/8: the checkpoint cannot be read"):
+            load_checkpoint(tmp_path)
+        shutil.rmtree(tmp_path / "checkpoint")
+        save_checkpoint(tmp_path, a_checkpoint(8))
 
 
 def test_metrics_after_the_checkpoint_and_torn_lines_are_dropped(tmp_path):

@@ -48,7 +48,9 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except PiKVError as error:
-        code = _fail(error.message, error.hint, error.exit_code)
+        code = error.exit_code
+        if code == 1 or _is_first():  # a mistake in the call is every rank's, and is told once
+            _fail(error.message, error.hint, code)
     except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted", None, 1)
     except BrokenPipeError:
@@ -59,6 +61,12 @@ def main() -> None:
         message = error.format_message()  # type: ignore[attr-defined]
         code = 0 if not message else _fail(message[0].lower() + message[1:].rstrip("."), f"see `{command} --help`", 2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_first() -> bool:
+    from pikv_core.runs import rank
+
+    return rank() == 0
 
 
 def _fail(message: str, hint: str | None, code: int) -> int:

@@ -22,6 +22,11 @@ from pikv_core.telemetry import Telemetry
 RUNS = Path("runs")
 
 
+def num_processes() -> int:
+    """Return how many processes torchrun started, 1 for one alone."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
 def rank() -> int:
     """Return which of the processes that torchrun started this is, 0 for one alone; 0 writes and reports."""
     return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0

@@ -1,5 +1,6 @@
 """docs/training.md has a row for every router, and its example runs."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -13,8 +14,11 @@ def test_every_router_has_a_row():
     assert sorted(rows) == [name for name in ROUTERS.names() if ROUTERS[name].__module__.startswith("pikv_core.")]
 
 
-def test_the_example_runs(capsys):
-    (block,) = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
-    exec(compile(block, "docs/training.md", "exec"), {})
-    adapter_bytes, shape = capsys.readouterr().out.split(maxsplit=1)
+def test_the_examples_run(capsys):
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE):
+        exec(compile(block, "docs/training.md", "exec"), names)
+    plain, distributed = capsys.readouterr().out.splitlines()
+    adapter_bytes, shape = plain.split(maxsplit=1)
     assert int(adapter_bytes) > 0 and shape.startswith("torch.Size([8, ")
+    assert sum(ast.literal_eval(distributed)[0]) == 2 * 2 * 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pikv_core.errors import UsageError
-from pikv_core.runs import Run, find_model
+from pikv_core.runs import Run, find_model, num_processes
 from pikv_core.schema import TrainRecipe
 
 CALIBRATION = "calibration"
@@ -29,6 +29,8 @@ def run(recipe: TrainRecipe, run: Run) -> DuoGatesResult:
     """Learn, measure on held-out samples, and save."""
     settings = recipe.duo_gates
     assert recipe.start is not None and settings is not None
+    if num_processes() > 1:
+        raise UsageError("learning gates is the work of one process", hint="start it without torchrun")
     if run.resumed:
         raise UsageError(
             f"{run.folder}: learning gates has no checkpoints to go on from",

@@ -63,7 +63,9 @@ class Loop:
         step = self._restore()
         begun, num_tokens = time.perf_counter(), 0
         self.model.train()
-        with Interrupt() as interrupt, self.team.lost(self._how_to_go_on):
+        folder = self.team.tell(str(self.run.folder) if self.team.leads else "")
+        how_to_go_on = f"go on with `pikv train --resume {folder}`"
+        with Interrupt() as interrupt, self.team.lost(how_to_go_on):
             while not self.curriculum.is_over(step):
                 tokens_per_s = num_tokens / max(1e-9, time.perf_counter() - begun)
                 tokens_of_step, is_wanted = self._step(step, tokens_per_s, interrupt)
@@ -71,16 +73,13 @@ class Loop:
                 step += 1
                 if is_wanted:
                     self._save(step)
-                    if self.team.leads:
-                        self.run.telemetry.close()
-                    raise PiKVError(f"interrupted at step {step}", hint=self._how_to_go_on)
+                    if not self.team.leads:
+                        raise SystemExit(1)
+                    self.run.telemetry.close()
+                    raise PiKVError(f"interrupted at step {step}", hint=how_to_go_on)
                 if step % self.settings.checkpoint_every == 0 and not self.curriculum.is_over(step):
                     self._save(step)
         return step, num_tokens / max(1e-9, time.perf_counter() - begun)
-
-    @property
-    def _how_to_go_on(self) -> str:
-        return f"go on with `pikv train --resume {self.run.folder}`" if self.team.leads else "rank 0 says how to go on"
 
     def _step(self, step: int, tokens_per_s: float, interrupt: Interrupt) -> tuple[int, bool]:
         """Take a step; return its tokens over all ranks, and whether one of them was told to stop."""

@@ -25,6 +25,7 @@ from pikv_core.moe.experts import Experts
 from pikv_core.moe.layer import MoE
 from pikv_core.moe.lora import LoRAExperts
 from pikv_core.moe.parallel import DistributedPiKVMoE
+from pikv_core.runs import num_processes
 from pikv_core.training.lessons.base import Lesson, Step
 
 PLACES = "places."  # before the names of layers whose experts are placed
@@ -47,7 +48,7 @@ class Team:
 
         Raises UsageError where they do not divide into groups of expert_ranks.
         """
-        count = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+        count = num_processes()
         if count % expert_ranks:
             raise UsageError(
                 f"train.parallel.expert_ranks: {count} processes do not divide into groups of {expert_ranks}",
@@ -168,16 +169,20 @@ class Team:
         dist.all_reduce(sums)
         return (sums / self.count).tolist()
 
+    def tell(self, value: Any) -> Any:
+        """Return what rank 0 gives."""
+        told = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(told)
+        return told[0]
+
     @contextmanager
     def writing(self, path: Path | None) -> Iterator[Path]:
         """Yield a temporary folder that all ranks write into; it becomes `path` when all have. Rank 0 names it."""
         with nullcontext() if path is None else replacing(path) as temporary:
             if temporary is not None:
                 temporary.mkdir()
-            if self.count > 1:
-                told: list[Any] = [temporary]
-                dist.broadcast_object_list(told)
-                temporary = told[0]
+            temporary = self.tell(temporary)
             assert temporary is not None
             yield temporary
             if self.count > 1:
@@ -210,7 +215,9 @@ class Team:
         except RuntimeError as error:
             if self.count == 1 or not _is_of_connection(error):
                 raise
-            raise PiKVError(f"rank {self.rank}: another rank is lost, and the run ends", hint=hint) from error
+            raise PiKVError(
+                f"rank {self.rank}: another rank is lost, and the run ends", hint=f"{hint}, on any number of ranks"
+            ) from error
 
     def leave(self) -> bool:
         """End the common work; return whether this rank goes on alone."""

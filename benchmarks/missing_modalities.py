@@ -40,14 +40,12 @@ def main() -> None:
     for seed in SEEDS:
         rows += measure(seed)
         print(f"split {seed} of {SEEDS[-1]}", flush=True)
-    recipe = _recipe(SEEDS[0])
-    described = open_lesson(recipe, Reporter())[0].source.described
+    source = open_lesson(_recipe(SEEDS[0]), Reporter())[0].source
     found = {
         **origin({"versions": versions()}, at),
         "seeds": list(SEEDS),
-        "missing_share": recipe.data.task.missing_share,
-        "num_train": described["num_train"],
-        "num_test": described["num_test"],
+        "missing_share": source.task.missing_share,
+        **{name: source.described[name] for name in ("num_train", "num_test")},
         "rows": rows,
     }
     RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

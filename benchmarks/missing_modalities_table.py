@@ -76,11 +76,11 @@ def section(found: dict[str, Any]) -> list[str]:
         f"Tumours told by three modalities, each missing by a chance of {100 * found['missing_share']:.0f} %, in "
         f"training and test: means over {len(seeds)} splits of {found['num_train']} and {found['num_test']} samples "
         f"(seeds {seeds[0]} to {seeds[-1]}, fixed with the settings before any of them was run), by "
-        "`recipes/train/modalities.yaml`. The bank also tells the router what is missing. Gains of the recipe are paired "
-        "by split, positive where it is better; ± is their standard error, the interval that of "
-        f"{100 * CONFIDENCE:.0f} % (Student's t). Splits are of the same samples, so that this speaks of these tumours; "
-        "the last interval has the correction of Nadeau and Bengio (2003) for it, and speaks of others like them. Made "
-        "by `benchmarks/missing_modalities.py` on "
+        "`recipes/train/modalities.yaml`. The bank also tells the router what is missing. Gains of the recipe are "
+        "paired by split, positive where it is better; ± is their standard error, the interval that of "
+        f"{100 * CONFIDENCE:.0f} % (Student's t). Splits are of the same samples, so that this speaks of these "
+        "tumours; the last interval has the correction of Nadeau and Bengio (2003) for it, and speaks of others like "
+        "them. Made by `benchmarks/missing_modalities.py` on "
         f"{found['machine']}, commit {found['commit']}.",
         "",
     ]

@@ -45,7 +45,7 @@ def main() -> None:
         **origin({"versions": versions()}, at),
         "seeds": list(SEEDS),
         "missing_share": source.task.missing_share,
-        **{name: source.described[name] for name in ("num_train", "num_test")},
+        **{name: source.described[name] for name in ("source", "num_train", "num_test")},
         "rows": rows,
     }
     RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -27,9 +27,15 @@ VARIANTS = {  # overrides of the recipe, and what it is; "logistic" is no model 
 }
 
 
+PARTS = {  # what the recipe's gain over zeros is made of: the one, the other, and what is changed
+    ("bank_unhidden", "zero"): "the bank for zeros, nothing hidden",
+    ("zero_hidden", "zero"): "hiding, with zeros",
+}
+
+
 @dataclass(frozen=True)
 class Gain:
-    """How much better the recipe is, over splits, with standard errors: of the mean, and for overlapping splits.
+    """How much better one variant is than another, with standard errors: over splits, and for splits that overlap.
 
     corrected: after Nadeau and Bengio (2003), who add the share test / train to 1 / n, for splits of the same samples.
     """
@@ -47,10 +53,10 @@ class Gain:
         return self.mean - width, self.mean + width
 
 
-def gain(rows: list[dict[str, Any]], variant: str, metric: str, test_over_train: float) -> Gain:
-    """Return by how much the recipe beats a variant; positive is better for the log loss too."""
-    ours, theirs = (values(rows, name, metric) for name in (RECIPE, variant))
-    gains = [BETTER[metric] * (own - other) for own, other in zip(ours, theirs, strict=True)]
+def gain(rows: list[dict[str, Any]], one: str, other: str, metric: str, test_over_train: float) -> Gain:
+    """Return by how much one variant beats the other; positive is better for the log loss too."""
+    pairs = zip(values(rows, one, metric), values(rows, other, metric), strict=True)
+    gains = [BETTER[metric] * (ours - theirs) for ours, theirs in pairs]
     spread, share = statistics.stdev(gains), 1 / len(gains)
     return Gain(
         statistics.mean(gains),
@@ -91,7 +97,7 @@ def section(found: dict[str, Any]) -> list[str]:
             *(_line(found, variant, metric) for variant in VARIANTS),
             "",
         ]
-    return [*lines, *_verdict(found), ""]
+    return [*lines, *_verdict(found), "", *_parts(found), ""]
 
 
 def _line(found: dict[str, Any], variant: str, metric: str) -> str:
@@ -99,7 +105,7 @@ def _line(found: dict[str, Any], variant: str, metric: str) -> str:
     start = f"| {VARIANTS[variant][1]} | {mean:.3f} |"
     if variant == RECIPE:
         return f"{start} | | | |"
-    told = _gain(found, variant, metric)
+    told = _gain(found, RECIPE, variant, metric)
     num_worse = told.num_splits - told.num_better - told.num_equal
     return (
         f"{start} {told.mean:.3f} ± {told.error:.3f} | {_interval(told, told.error)} | "
@@ -113,10 +119,20 @@ def _verdict(found: dict[str, Any]) -> list[str]:
     for variant in ("zero", "zero_hidden", "drop", "logistic"):
         words = []
         for metric, name in NAMES.items():
-            told = _gain(found, variant, metric)
+            told = _gain(found, RECIPE, variant, metric)
             plain, corrected = (word(told.interval(error)) for error in (told.error, told.corrected))
             words.append(f"{name} {plain} ({corrected})")
         lines.append(f"- {VARIANTS[variant][1]}: {', '.join(words)}")
+    return lines
+
+
+def _parts(found: dict[str, Any]) -> list[str]:
+    """List what the bank and the hiding bring each alone."""
+    lines = ["What each brings alone, a comparison made after the results were seen:", ""]
+    for pair, text in PARTS.items():
+        gains = {name: _gain(found, *pair, metric) for metric, name in NAMES.items()}
+        told = ", ".join(f"{name} {part.mean:.3f} ± {part.error:.3f}" for name, part in gains.items())
+        lines.append(f"- {text}: {told}")
     return lines
 
 
@@ -126,8 +142,8 @@ def word(interval: tuple[float, float]) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "not told apart"
 
 
-def _gain(found: dict[str, Any], variant: str, metric: str) -> Gain:
-    return gain(found["rows"], variant, metric, found["num_test"] / found["num_train"])
+def _gain(found: dict[str, Any], one: str, other: str, metric: str) -> Gain:
+    return gain(found["rows"], one, other, metric, found["num_test"] / found["num_train"])
 
 
 def _interval(told: Gain, error: float) -> str:

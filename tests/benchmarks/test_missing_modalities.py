@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.missing_modalities_table import HEADING, RECIPE, VARIANTS, gain, section, word
+from benchmarks.missing_modalities_table import HEADING, PARTS, RECIPE, VARIANTS, gain, section, word
 from benchmarks.results_page import with_section
 
 SEEDS = list(range(7))
@@ -36,7 +36,7 @@ def column(rows: list[dict[str, Any]], variant: str, metric: str) -> np.ndarray:
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != RECIPE])
 def test_gains_are_paired_by_split(found: dict[str, Any], variant: str, metric: str, sign: int) -> None:
     expected = sign * (column(found["rows"], RECIPE, metric) - column(found["rows"], variant, metric))
-    told = gain(found["rows"], variant, metric, 114 / 455)
+    told = gain(found["rows"], RECIPE, variant, metric, 114 / 455)
     assert told.mean == pytest.approx(expected.mean())
     assert told.error == pytest.approx(stats.sem(expected))
     assert told.corrected == pytest.approx(np.sqrt(expected.var(ddof=1) * (1 / len(SEEDS) + 114 / 455)))
@@ -54,10 +54,17 @@ def test_the_section_tells_means_and_gains(found: dict[str, Any]) -> None:
         assert sum(line.startswith(start) for line in lines) == 1
 
 
+@pytest.mark.parametrize("pair", PARTS)
+def test_the_section_tells_what_each_part_brings(found: dict[str, Any], pair: tuple[str, str]) -> None:
+    one, other = (column(found["rows"], variant, "accuracy") for variant in pair)
+    start = f"- {PARTS[pair]}: accuracy {(one - other).mean():.3f} ± {stats.sem(one - other):.3f}, log loss "
+    assert sum(line.startswith(start) for line in section(found)) == 1
+
+
 def test_a_missing_split_is_refused(found: dict[str, Any]) -> None:
     rows = [row for row in found["rows"] if (row["seed"], row["variant"]) != (3, "zero")]
     with pytest.raises(ValueError, match="shorter"):
-        gain(rows, "zero", "accuracy", 0.25)
+        gain(rows, RECIPE, "zero", "accuracy", 0.25)
 
 
 def test_an_interval_around_nothing_tells_nothing() -> None:

@@ -3,7 +3,7 @@
     python benchmarks/missing_modalities.py
 
 recipes/train/modalities.yaml and variants of it on the same splits, each with the seed of its split. The seeds are new:
-no setting was chosen by them. About five minutes on one thread. It writes benchmarks/results/missing_modalities.json
+no setting was chosen by them. Five to seven minutes on one thread. It writes benchmarks/results/missing_modalities.json
 and a section of docs/results.md.
 """
 

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from results_page import ROOT, commit, origin
+from results_page import ROOT, commit, origin, put_section
 
 HEADING = "## A model that learned to live with its cache"
 RESULTS = ROOT / "benchmarks/results/cache_distill.json"
@@ -45,9 +45,7 @@ def main() -> None:
     last = json.loads((asked.runs / f"tova{SEEDS[-1]}" / "result.json").read_text(encoding="utf-8"))
     found = {**origin(last, commit()), "budget": BUDGET, "num_queries": NUM_QUERIES, "rows": rows}
     RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    page = ROOT / "docs/results.md"
-    before = page.read_text(encoding="utf-8").partition(HEADING)[0].rstrip()
-    page.write_text(before + "\n\n" + "\n".join(section()), encoding="utf-8")
+    put_section(HEADING, section())
 
 
 def measure(runs: Path, seed: int, threads: str) -> list[dict[str, Any]]:

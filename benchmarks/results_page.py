@@ -62,6 +62,19 @@ def commit() -> str:
     ).stdout.strip()
 
 
+def put_section(heading: str, lines: list[str]) -> None:
+    """Put a section into the page, in place of the one with its heading, or at the end."""
+    page = ROOT / "docs/results.md"
+    page.write_text(with_section(page.read_text(encoding="utf-8"), heading, lines), encoding="utf-8")
+
+
+def with_section(page: str, heading: str, lines: list[str]) -> str:
+    """Return a page with the section, which ends where the next of its level begins."""
+    before, _, old = page.partition(f"\n{heading}\n")
+    _, following, after = old.partition("\n## ")
+    return before.rstrip() + "\n\n" + "\n".join(lines).rstrip() + "\n" + following + after
+
+
 def _page(runs: dict[str, dict[str, Any]], commit: str) -> str:
     after, inside = (runs[question]["result"] for question in ("after", "inside"))
     full = {question: run["result"]["results"][0] for question, run in runs.items()}

@@ -122,6 +122,12 @@ class PiKVRouter(Router):
         # The renormalised softmax, taken so that improbable experts chosen for their speed do not give 0/0.
         return logits_TE.gather(-1, experts_TK).softmax(-1), experts_TK
 
+    @property
+    def top_k_weights(self) -> str | None:
+        """Say "renormalised" where no expert can be preferred."""
+        no_preference = self.hit_weight == self.latency_weight == 0 or self.top_k == self.num_experts
+        return "renormalised" if no_preference else None
+
     def get_stats(self) -> dict[str, Any]:
         measured = (
             None if self._counted is None else float(self._counted[0].sum() / self._counted[1].sum().clamp(min=1))

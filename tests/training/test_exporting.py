@@ -339,12 +339,16 @@ def test_the_configuration_is_complete(tmp_path):
 
 def test_weights_keep_their_dtype_and_merged_ones_are_float32(tmp_path):
     for given, expected in (({}, torch.bfloat16), ({"expert_rank": 2}, torch.float32)):
-        our_model(**given).bfloat16().save_pretrained(tmp_path)
-        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+        stored = tmp_path / str(expected)
+        our_model(**given).bfloat16().save_pretrained(stored)
+        model = AutoModelForCausalLM.from_pretrained(stored, dtype="auto").eval()
         assert model.dtype == torch.bfloat16
         told = export(model, "mixtral")
         assert {weight.dtype for weight in told.parameters()} == {expected}
         assert_same(told.float(), model.float())
+        result = run_export(tmp_path / f"{expected}-run", f"start={stored}", "export.to=mixtral")
+        assert f"torch.{result.dtype}" == str(expected) and result.max_logit_difference <= 1e-5
+        assert AutoModelForCausalLM.from_pretrained(result.model, dtype="auto").dtype == expected
 
 
 def run_export(folder, *given):
@@ -453,7 +457,8 @@ def test_the_command_line_names_the_run_and_prints_the_result(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     our_model().save_pretrained(tmp_path / "ours")
     asked = ["pikv", "train", "--export-only", "--to", "mixtral", "--start", "ours"]
-    for more in (["--json"], [], ["--out", "there"], ["--check"]):
+    (tmp_path / "there").mkdir()
+    for more in (["--json"], [], ["--out", "there"], ["--out", "some/where"], ["--check"]):
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", [*asked, *more])
         with pytest.raises(SystemExit) as stopped:
@@ -465,8 +470,9 @@ def test_the_command_line_names_the_run_and_prints_the_result(tmp_path, monkeypa
         elif not more:
             assert out.startswith("model: runs/export-2/model, mixtral, ") and "logits differ by" in out
     assert "export:\n  to: mixtral\n" in out and "\ntrain:" not in out
-    assert (tmp_path / "there" / "model" / "config.json").is_file()
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["ours", "runs", "there"]
+    for folder in ("there", "some/where"):
+        assert sorted(entry.name for entry in (tmp_path / folder).iterdir()) == ["model", "recipe.yaml", "result.json"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["ours", "runs", "some", "there"]
 
 
 def test_recipes_of_training_say_nothing_of_exports():

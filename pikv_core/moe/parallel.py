@@ -80,6 +80,7 @@ class ShardedExperts(nn.Module):
             raise UsageError(f"the plan is for {int(placement.ranks.max()) + 1} ranks, not {self.num_ranks}")
         held = [placement.experts[placement.ranks == rank].sort().values for rank in range(self.num_ranks)]
         self.slots = torch.stack(held)
+        self._rows = None  # they were of other slots
 
     def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         """Return Σ_k weights[t, k]·expert[experts[t, k]](x[t]) for x [T, D]."""

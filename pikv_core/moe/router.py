@@ -90,6 +90,14 @@ class Router(nn.Module):
         """Return the losses by the names of loss_weights, scalars."""
         return {"balance": balance_loss(probs_TE, expert_tokens, mask_T), "z": z_loss(logits_TE, mask_T)}
 
+    @property
+    def top_k_weights(self) -> str | None:
+        """Say how evaluation weighs the K most probable experts by softmax(x·weightᵀ): "renormalised" or "plain".
+
+        None where it chooses or weighs otherwise; transformers' mixtures of experts know these two alone.
+        """
+        return None
+
     def end_step(self) -> None:
         """Update what is learnt without gradients; the trainer calls it once after each optimizer step."""
 

@@ -11,6 +11,7 @@ from pikv_core.schema.simulate import AttentionReplayRecipe, SimulateRecipe
 from pikv_core.schema.train import (
     DistillSettings,
     DuoGateSettings,
+    ExportSettings,
     LoRASettings,
     ModelRecipe,
     TrainRecipe,
@@ -29,6 +30,7 @@ __all__ = [
     "CompressRecipe",
     "DistillSettings",
     "DuoGateSettings",
+    "ExportSettings",
     "GenDataRecipe",
     "GenerateRecipe",
     "LoRASettings",

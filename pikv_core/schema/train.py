@@ -176,8 +176,14 @@ class DuoGateSettings(Section):
         return self
 
 
+class ExportSettings(Section):
+    """The architecture in which a trained model is told; its weights stay what they are."""
+
+    to: Literal["mixtral", "qwen3_moe", "llama", "pikv"]
+
+
 class TrainRecipe(Recipe):
-    """A model to train from scratch, or head gates to learn: then `start` names the model that has them."""
+    """A model to train, or one to learn head gates of, or to tell in another architecture, which `start` names."""
 
     verb: Literal["train"] = "train"
     model: ModelRecipe = ModelRecipe()
@@ -185,10 +191,16 @@ class TrainRecipe(Recipe):
     train: TrainSettings = TrainSettings()
     start: str | None = None  # a trained model's folder, its run folder, or a hub id
     duo_gates: DuoGateSettings | None = None
+    export: ExportSettings | None = None
 
     @property
     def job(self) -> str:
-        return "train" if self.duo_gates is None else "duo_gates"
+        return next(iter(self._with_start), "train")
+
+    @property
+    def _with_start(self) -> list[str]:
+        """Name the sections given that say what is done with the model `start`, and train nothing of it."""
+        return [name for name in ("duo_gates", "export") if getattr(self, name) is not None]
 
     @property
     def builds(self) -> bool:
@@ -198,7 +210,8 @@ class TrainRecipe(Recipe):
     @model_serializer(mode="wrap")
     def _only_what_counts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         tree = handler(self)
-        unused = ["start", "duo_gates"] if self.duo_gates is None else ["model", "data", "train"]
+        unused = ["model", "data", "train"] if self._with_start else ["start"]
+        unused += [name for name in ("duo_gates", "export") if getattr(self, name) is None]
         if not self.builds:
             unused.append("model")
         elif self.train.init_from is not None:  # whose sizes are those that are not given
@@ -208,13 +221,26 @@ class TrainRecipe(Recipe):
 
     @model_validator(mode="after")
     def _gates_or_a_model(self) -> TrainRecipe:
-        if (self.start is None) != (self.duo_gates is None):
+        what = self._with_start
+        if len(what) > 1:
+            raise PydanticCustomError("sizes", "duo_gates and export are two runs, one after the other")
+        if self.export is not None and self.start is None:
+            raise PydanticCustomError("sizes", "export tells the trained model that start names: give --start RUN")
+        if (self.start is None) != (not what):
             text = "start and duo_gates go together: gates are learned from the trained model that start names"
-            text += "; recipes/train/duo-gates.yaml has both"
+            text += "; recipes/train/duo-gates.yaml has both, and --export-only --to NAME exports that model"
             raise PydanticCustomError("sizes", "{text}", {"text": text})
         given = [name for name in ("model", "data", "train") if name in self.model_fields_set]
-        if self.duo_gates is not None and given:
-            text = f"{', '.join(given)}: nothing of the model itself is trained with duo_gates; drop it"
+        if what and given:
+            text = f"{', '.join(given)}: nothing of the model itself is trained with {what[0]}; drop it"
+            text += ", or leave the recipe out" if self.export is not None else ""
+            raise PydanticCustomError("sizes", "{text}", {"text": text})
+        return self
+
+    @model_validator(mode="after")
+    def _exports_as_stored(self) -> TrainRecipe:
+        if self.export is not None and (self.dtype != "auto" or self.device == "cuda"):
+            text = "an export keeps the stored dtype, and is compared on the CPU; leave device and dtype out"
             raise PydanticCustomError("sizes", "{text}", {"text": text})
         return self
 

@@ -107,8 +107,6 @@ class Loop:
             raise PiKVError(f"the loss is {value} at step {step}", hint="lower train.lr or train.clip_norm")
         grad_norm = self.optimizers.step(lr)
         self.gates.end_step()
-        if (step + 1) % self.settings.parallel.place_every == 0:
-            self.team.place_experts()
         stage = self.curriculum.observe(step, accuracy if has_accuracy else None)
         if stage is not None:
             self.run.reporter.status(
@@ -133,6 +131,8 @@ class Loop:
             values |= router_values(self.gates.statistics())  # which every rank has to ask for
             if self.team.leads:
                 self.run.telemetry.metrics(step + 1, values)
+        if (step + 1) % self.settings.parallel.place_every == 0:
+            self.team.place_experts()
         # Ranks have to stop at one step; one alone need not be asked before the step's end.
         return self.lesson.num_tokens(everyones), wanted > 0 or (self.team.count == 1 and interrupt.wanted)
 

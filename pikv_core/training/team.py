@@ -128,9 +128,10 @@ class Team:
         if self.count == 1:
             return run
         data_parallel = nn.parallel.DistributedDataParallel
-        kept_apart = [f"model.{name}" for name in self._sharded]
-        data_parallel._set_params_and_buffers_to_ignore_for_model(run, kept_apart)
-        return data_parallel(run, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True)
+        # Buffers are what routers count: of a rank itself, or added up over all.
+        kept_apart = [*self._sharded, *(name for name, _ in model.named_buffers())]
+        data_parallel._set_params_and_buffers_to_ignore_for_model(run, [f"model.{name}" for name in kept_apart])
+        return data_parallel(run, find_unused_parameters=True, gradient_as_bucket_view=True)
 
     def average_gradients(self, beside: Iterable[Tensor]) -> None:
         """Average what the stepper leaves: the gradients of shared-out experts, and of weights beside the model."""

@@ -56,6 +56,13 @@ class BalancedRouter(Router):
         # A softmax of logarithms is the renormalised score, and has no 0/0 where all chosen scores are tiny.
         return log_scores_TE.gather(1, experts_TK).softmax(-1), experts_TK
 
+    @property
+    def top_k_weights(self) -> str | None:
+        """Say "renormalised" of softmax scores where the bias moves no choice, and of a single expert."""
+        unbiased = self.top_k == self.num_experts or not bool(self.bias.any())
+        standard = self.num_experts == 1 or (self.score == "softmax" and unbiased)
+        return "renormalised" if standard else None
+
     def route(self, x_TD: Tensor, mask_T: Tensor | None, info_T: Tensor | None = None) -> Routing:
         """Route tokens [T, D]; in training, add their choices to the load of this step."""
         routing = super().route(x_TD, mask_T, info_T)

@@ -9,3 +9,7 @@ from pikv_core.moe.routers import ROUTERS
 @ROUTERS.register("base")
 class BaseRouter(Router):
     """Send each token to its K most probable experts."""
+
+    @property
+    def top_k_weights(self) -> str | None:
+        return "renormalised"

@@ -68,6 +68,10 @@ class EPLBRouter(Router):
         self.load.mul_(self.decay).add_(total(routing.expert_tokens))
         return routing
 
+    @property
+    def top_k_weights(self) -> str | None:
+        return "renormalised"
+
     def plan(self, num_slots: int, num_ranks: int) -> Placement:
         """Return slots for the load measured so far, taken as even before any."""
         _check_slots(self.num_experts, num_slots, num_ranks)

@@ -77,6 +77,10 @@ class FastRouter(Router):
             return weights_TK, experts_TK
         return super().choose(logits_TE, probs_TE, mask_T)
 
+    @property
+    def top_k_weights(self) -> str | None:
+        return "plain" if self.gate == "switch" else "renormalised"
+
     def skip(self, weights_TK: Tensor) -> Tensor | None:
         """Pass over second choices of small weight, under gshard."""
         return skip_second(weights_TK, 0.5) if self.gate == "gshard" else None

@@ -45,6 +45,10 @@ class FlexRouter(Router):
         info_T = None if modality_info is None else modality_info.reshape(-1)
         return self.route(x.reshape(-1, x.shape[-1]), mask_T, info_T)
 
+    @property
+    def top_k_weights(self) -> str | None:
+        return "renormalised"
+
     def losses(
         self, logits_TE: Tensor, probs_TE: Tensor, expert_tokens: Tensor, mask_T: Tensor | None, info_T: Tensor | None
     ) -> dict[str, Tensor]:

@@ -68,3 +68,8 @@ class HierarchicalRouter(Router):
         chosen_TG = torch.zeros_like(probs_TGe[..., 0], dtype=torch.bool).scatter(1, groups, True)
         weights_TK, experts_TK = probs_TGe.masked_fill(~chosen_TG[..., None], -1.0).flatten(1).topk(self.top_k, dim=-1)
         return weights_TK / weights_TK.sum(-1, keepdim=True), experts_TK
+
+    @property
+    def top_k_weights(self) -> str | None:
+        """Say "renormalised" of a single group, whose score adds the same to every expert's."""
+        return "renormalised" if self.num_groups == 1 else None

@@ -50,6 +50,10 @@ class MixtureRouter(Router):
         real_BS = real.flatten(0, -2) if real.dim() > 1 else real[None]
         return self.route(x.reshape(-1, x.shape[-1]), real.reshape(-1), real_BS)
 
+    @property
+    def top_k_weights(self) -> str | None:
+        return "renormalised"
+
     def skip(self, weights_TK: Tensor) -> Tensor:
         """Pass over second choices of small weight."""
         return skip_second(weights_TK, self.second_threshold)

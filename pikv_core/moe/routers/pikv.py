@@ -120,6 +120,12 @@ class PiKVRouter(Router):
         # The renormalised softmax, taken so that improbable experts chosen for their speed do not give 0/0.
         return logits_TE.gather(-1, experts_TK).softmax(-1), experts_TK
 
+    @property
+    def top_k_weights(self) -> str | None:
+        """Say "renormalised" where no expert can be preferred."""
+        no_preference = self.hit_weight == self.latency_weight == 0 or self.top_k == self.num_experts
+        return "renormalised" if no_preference else None
+
     def get_stats(self) -> dict[str, Any]:
         counted = None if self._counted is None else total(torch.stack(self._counted)).sum(-1)
         measured = None if counted is None else float(counted[0] / counted[1].clamp(min=1))

@@ -58,6 +58,11 @@ class TimeRouter(Router):
         weights_TK, experts_TK = probs_TE.topk(self.top_k, dim=-1)
         return weights_TK, experts_TK
 
+    @property
+    def top_k_weights(self) -> str | None:
+        """Say "plain" where nothing was learnt of the time, and of a single expert."""
+        return "plain" if self.num_experts == 1 or not bool(self.time_weight.any()) else None
+
 
 def time_features(time_T: Tensor, num_periods: int) -> Tensor:
     """Return [T, 2·num_periods] float64: sines, then cosines, of time at periods of 2, 4, ... units.

@@ -88,6 +88,8 @@ class Team:
             if isinstance(layer, MoE) and isinstance(layer.experts, Experts | LoRAExperts):
                 self._layers[name] = DistributedPiKVMoE(layer, group)
                 model.set_submodule(name, self._layers[name])
+                if hasattr(layer.gate, "plan"):
+                    layer.gate.plan(layer.gate.num_slots, self._mesh.shape[1])  # says now where it cannot
                 experts = self._layers[name].experts
                 self._sharded |= {f"{name}.experts.{one}": getattr(experts, one) for one in experts.sharded}
         if not self._layers:

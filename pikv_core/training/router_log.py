@@ -47,7 +47,7 @@ def draw_load(telemetry: Telemetry) -> None:
         _draw(telemetry, "load", "expert", steps, tokens)
     steps, rows = read_load(telemetry.folder / "metrics.jsonl", RANKS)
     if steps:
-        _draw(telemetry, "rank_load", "rank", steps, rows.sum(-1))
+        _draw(telemetry, "rank_load", "rank", steps, rows)
 
 
 def _draw(telemetry: Telemetry, tag: str, of: str, steps: list[int], tokens: np.ndarray) -> None:
@@ -68,7 +68,8 @@ def _draw(telemetry: Telemetry, tag: str, of: str, steps: list[int], tokens: np.
 
 
 def read_load(file: Path, key: str = TOKENS) -> tuple[list[int], np.ndarray]:
-    """Return the steps that metrics.jsonl tells a load of, and the tokens [steps, layers, ...]."""
+    """Return the steps that metrics.jsonl tells a load of, and the tokens [steps, layers, experts or ranks]."""
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
     lines = [line for line in lines if key in line]
-    return [line["step"] for line in lines], np.array([line[key] for line in lines])
+    loads = [[[np.sum(one) for one in layer] for layer in line[key]] for line in lines]  # a rank's slots may change
+    return [line["step"] for line in lines], np.array(loads)

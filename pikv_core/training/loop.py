@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pikv_core.errors import PiKVError
 from pikv_core.runs import Run
@@ -25,7 +26,7 @@ from pikv_core.training.distillation import Distillation
 from pikv_core.training.gates import Gates
 from pikv_core.training.hardware import Hardware
 from pikv_core.training.interrupt import Interrupt
-from pikv_core.training.lessons.base import Lesson
+from pikv_core.training.lessons.base import Lesson, Step
 from pikv_core.training.optimizers import Optimizers
 from pikv_core.training.router_log import router_values
 from pikv_core.training.team import Team
@@ -88,26 +89,17 @@ class Loop:
         if is_logged:
             self.gates.reset()  # what is told is of this step alone, so that a resumed run tells the same
         everyones = self.lesson.batch(self.run.recipe.seed, step, length)
-        batch = self.team.rows(everyones)
-        with self.hardware.autocast():
-            if self.context is not None:
-                self.context.read(self.lesson.context(self.model, batch))
-            done = self._forward(batch)
-            losses = done.losses | self.gates.losses(done.outputs, done.mask)
-            if self.context is not None and self.settings.selection_loss:
-                losses["selection"] = self.settings.selection_loss * self.context.selection_loss
-            if self.distillation is not None:
-                losses |= self.distillation.losses(self.lesson, batch, done)
-            total = torch.stack(list(losses.values())).sum()
+        done, losses = self._losses(self.team.rows(everyones))
+        parts = torch.stack(list(losses.values()))
+        total = parts.sum()
         total.backward()
-        has_accuracy = done.accuracy is not None
-        told = [total.item(), done.accuracy or 0.0, interrupt.wanted, *(loss.item() for loss in losses.values())]
-        value, accuracy, wanted, *parts = self.team.means(told)
+        told = [*torch.cat([total[None], parts]).tolist(), done.accuracy or 0.0, interrupt.wanted]
+        value, *by_part, accuracy, wanted = self.team.means(told)
         if not math.isfinite(value):
             raise PiKVError(f"the loss is {value} at step {step}", hint="lower train.lr or train.clip_norm")
         grad_norm = self.optimizers.step(lr)
         self.gates.end_step()
-        stage = self.curriculum.observe(step, accuracy if has_accuracy else None)
+        stage = self.curriculum.observe(step, None if done.accuracy is None else accuracy)
         if stage is not None:
             self.run.reporter.status(
                 f"length {stage['length']} mastered after {stage['num_steps']} steps, {step + 1} in all"
@@ -118,23 +110,40 @@ class Loop:
         if is_logged:
             values = {
                 "train/loss": value,
-                **{f"train/loss/{name}": part for name, part in zip(losses, parts, strict=True)},
+                **{f"train/loss/{name}": part for name, part in zip(losses, by_part, strict=True)},
                 "train/length_tokens": length,
                 "train/lr": lr,
                 "train/grad_norm": grad_norm,
                 "train/tokens_per_s": tokens_per_s,
             }
-            if has_accuracy:
+            if done.accuracy is not None:
                 values |= {"train/accuracy": accuracy, "train/accuracy_average": self.curriculum.accuracy}
-            if self.context is not None:
-                values |= {f"cache/{name}": value for name, value in vars(self.context.statistics).items()}
-            values |= router_values(self.gates.statistics())  # which every rank has to ask for
-            if self.team.leads:
-                self.run.telemetry.metrics(step + 1, values)
+            self._log(step + 1, values)
         if (step + 1) % self.settings.parallel.place_every == 0:
             self.team.place_experts()
         # Ranks have to stop at one step; one alone need not be asked before the step's end.
         return self.lesson.num_tokens(everyones), wanted > 0 or (self.team.count == 1 and interrupt.wanted)
+
+    def _losses(self, batch: Any) -> tuple[Step, dict[str, Tensor]]:
+        """Return what a pass over a batch gave, and all losses, weighted."""
+        with self.hardware.autocast():
+            if self.context is not None:
+                self.context.read(self.lesson.context(self.model, batch))
+            done = self._forward(batch)
+            losses = done.losses | self.gates.losses(done.outputs, done.mask)
+            if self.context is not None and self.settings.selection_loss:
+                losses["selection"] = self.settings.selection_loss * self.context.selection_loss
+            if self.distillation is not None:
+                losses |= self.distillation.losses(self.lesson, batch, done)
+        return done, losses
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        """Tell the values of a step, and what routers and cache counted in it, which every rank has to ask for."""
+        if self.context is not None:
+            values |= {f"cache/{name}": value for name, value in vars(self.context.statistics).items()}
+        values |= router_values(self.gates.statistics())
+        if self.team.leads:
+            self.run.telemetry.metrics(step, values)
 
     def _save(self, step: int) -> None:
         beside = {} if self.distillation is None else self.distillation.state_dict()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -24,6 +25,7 @@ SETTINGS = [
     "train.log_every=1",
     "train.checkpoint_every=10",
 ]
+RECIPES = Path(__file__).parents[2] / "recipes" / "train"
 ONE_NODE = ["--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
 
 
@@ -115,6 +117,37 @@ def test_any_number_of_ranks_trains_as_one_process(tmp_path, count, overrides):
     run(count, *arguments(*overrides, out=tmp_path / "run"))
     assert_same_course(tmp_path / "alone", tmp_path / "run")
     assert_same_weights(tmp_path / "alone", tmp_path / "run")
+
+
+FEW_STEPS = ["train.max_steps=3", "train.decay_steps=1", "train.log_every=1", "dtype=float32"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["digits", "modalities", "series-co2", "classification", "qa"])
+def test_every_task_trains_on_two_ranks_as_on_one(tmp_path, recipe):
+    given = [word for setting in FEW_STEPS for word in ("--set", setting)]
+    words = ["-m", "pikv_cli", "train", "--recipe", str(RECIPES / f"{recipe}.yaml"), *given, "--out"]
+    run(1, *words, str(tmp_path / "alone"))
+    run(2, *words, str(tmp_path / "run"))
+    assert_same_course(tmp_path / "alone", tmp_path / "run", steps=3)
+
+
+@pytest.mark.slow
+def test_a_student_with_a_cache_and_a_teacher_trains_on_two_ranks_as_on_one(tmp_path):
+    base = tmp_path / "base"  # a dense one: what is kept and which expert is chosen together are too easily others
+    run(1, *arguments("model.arch=llama", "model.ffn_size=48", out=base))
+    given = [f"train.init_from={base}", f"train.distill.teacher={base}", "train.distill.hidden=0.1"]
+    given += [
+        "train.cache={policy: h2o, budget: 0.5}",
+        "train.selection_loss=0.5",
+        RECALL,
+        *COURSE,
+        "train.log_every=1",
+    ]
+    words = ["-m", "pikv_cli", "train", *(word for setting in given for word in ("--set", setting)), "--out"]
+    run(1, *words, str(tmp_path / "alone"))
+    run(2, *words, str(tmp_path / "run"))
+    assert_same_course(tmp_path / "alone", tmp_path / "run", steps=12)
 
 
 @pytest.mark.slow

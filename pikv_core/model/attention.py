@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
 
 from pikv_core.model.config import PiKVConfig
+from pikv_kernels.block_causal_attention import block_causal_attention
+from pikv_kernels.rms_norm import rms_norm
+from pikv_kernels.rotary import rotate
+
+MOST_BLOCK_TOKENS = 1024  # above, the T²/2 probabilities that block_causal_attention keeps are more than SDPA costs
 
 
 class PiKVAttention(nn.Module):
@@ -59,3 +66,57 @@ class PiKVAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(out.reshape(*x.shape[:-1], -1).contiguous()), attention
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `attend_causally` does what the modules would: nothing is put in their place or hung on them."""
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        dropout = self.attention_dropout if self.training else 0.0
+        return not dropout and all(type(linear) is nn.Linear and not has_hooks(linear) for linear in projections)
+
+    def attend_causally(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the output [B, T, hidden] of normalised x for training: all tokens are new, each sees those up to it.
+
+        The products are in the type of x, outside of autocast; each weight is cast once.
+        """
+        B, T, _ = x.shape
+        G = self.config.num_key_value_heads
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        weight = torch.cat([linear.weight for linear in projections]).to(x.dtype)
+        biases = [linear.bias if linear.bias is not None else x.new_zeros(len(linear.weight)) for linear in projections]
+        bias = None if all(linear.bias is None for linear in projections) else torch.cat(biases).to(x.dtype)
+        heads_BTHD = F.linear(x, weight, bias).unflatten(-1, (-1, self.head_dim))
+        q_BTHD, k_BTGD, v_BTGD = heads_BTHD.split([heads_BTHD.shape[2] - 2 * G, G, G], 2)
+        if self.config.qk_norm:
+            q_BTHD = rms_norm(q_BTHD, self.q_norm.weight, self.q_norm.variance_epsilon)
+            k_BTGD = rms_norm(k_BTGD, self.k_norm.weight, self.k_norm.variance_epsilon)
+        # Their halves are the same; the scale goes along with the queries' rotation.
+        cos, sin = (table[:, :, None, : self.head_dim // 2] for table in position_embeddings)
+        q_BTHD, k_BTGD = rotate(q_BTHD, cos * self.scaling, sin * self.scaling), rotate(k_BTGD, cos, sin)
+        if x.device.type == "cpu" and T <= MOST_BLOCK_TOKENS:
+            folded = (_fold(heads, G) for heads in (q_BTHD, k_BTGD, v_BTGD))
+            out = _unfold(block_causal_attention(*folded), B, T)
+        else:
+            heads = (heads.transpose(1, 2) for heads in (q_BTHD, k_BTGD, v_BTGD))
+            out_BHTD = F.scaled_dot_product_attention(*heads, is_causal=True, scale=1.0, enable_gqa=True)
+            out = out_BHTD.transpose(1, 2).reshape(B, T, -1)
+        bias = None if self.o_proj.bias is None else self.o_proj.bias.to(x.dtype)
+        return F.linear(out, self.o_proj.weight.to(x.dtype), bias)
+
+
+def _fold(x_BTHD: Tensor, num_groups: int) -> Tensor:
+    """Return [B·G, T·R, D], R heads of a group: the rows of one token side by side."""
+    B, T, H, D = x_BTHD.shape
+    rows = x_BTHD.reshape(B, T, num_groups, H // num_groups, D).transpose(1, 2)
+    return rows.reshape(B * num_groups, T * (H // num_groups), D)
+
+
+def _unfold(x: Tensor, batch: int, num_tokens: int) -> Tensor:
+    """Return [B, T, H·D] of [B·G, T·R, D]."""
+    heads = x.view(batch, -1, num_tokens, x.shape[1] // num_tokens, x.shape[2])
+    return heads.transpose(1, 2).reshape(batch, num_tokens, -1)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether something is called with a module's forward pass."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pikv_core.errors import UsageError
+from pikv_kernels.swiglu_experts import swiglu_experts
 
 BACKENDS = ("loop", "grouped_mm", "reference")
 
@@ -43,11 +44,11 @@ class Experts(nn.Module):
             if backend == "reference":
                 return dense_sum(x_TD, weights, experts, gate_up, down).to(x.dtype)
             choices_P, places_N, rows_E = sort_by_expert(experts, self.num_experts, backend)
-            sorted_PD = x_TD.index_select(0, choices_P // experts.shape[1])
             if backend == "loop":
-                out_PD = _loop(sorted_PD, rows_E.tolist(), gate_up, down)
-            else:
-                out_PD = _grouped(sorted_PD, rows_E.cumsum(0).to(torch.int32), gate_up, down)
+                sort = choices_P, places_N, rows_E.tolist()
+                return swiglu_experts(x_TD, weights, *sort, gate_up, down).to(x.dtype)
+            sorted_PD = x_TD.index_select(0, choices_P // experts.shape[1])
+            out_PD = _grouped(sorted_PD, rows_E.cumsum(0).to(torch.int32), gate_up, down)
             out_TKD = out_PD.index_select(0, places_N).view(*experts.shape, x.shape[-1])
             return (out_TKD * weights[..., None]).sum(1).to(x.dtype)
 
@@ -120,12 +121,6 @@ def dense_sum(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, gate_up: Ten
     dense_TE = weights_TK.new_zeros(len(x_TD), len(down)).scatter_add(1, experts_TK, weights_TK)
     dtype = torch.promote_types(out_ETD.dtype, dense_TE.dtype)
     return torch.einsum("etd,te->td", out_ETD.to(dtype), dense_TE.to(dtype))
-
-
-def _loop(x_PD: Tensor, num_rows: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
-    # unbind's backward stacks the experts' gradients once; indexing would add E gradients of full size.
-    parts = zip(x_PD.split(num_rows), gate_up.unbind(0), down.unbind(0), strict=True)
-    return torch.cat([F.linear(swiglu(F.linear(x, first)), second) for x, first, second in parts])
 
 
 def _grouped(x_PD: Tensor, ends_E: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

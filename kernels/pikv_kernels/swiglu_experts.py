@@ -1,0 +1,111 @@
+"""SwiGLU experts on rows sorted by expert, as one function: a product for each expert, written into its slice.
+
+A choice's weight goes into the activation, which is linear in what follows, so that the outputs of a token are a plain
+sum. Nothing of the activation is kept: the backward pass computes it again.
+Letters: T tokens, K choices of each, N = T·K, P the rows sorted by expert, E experts, D hidden, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def swiglu_experts(
+    x: Tensor, weights: Tensor, choices: Tensor, places: Tensor, num_rows: list[int], gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """Return Σ_k weights[t, k]·down[e]·(silu(gate[e]·x[t])·up[e]·x[t]) [T, D], e the expert of choice t·K + k.
+
+    x: [T, D]. weights: [T, K], float32 or wider. choices: the choice in each row [P]; places: the row of each choice
+    [N]; num_rows: of each expert, in order; rows that are no choice's place are read by none. gate_up: [E, 2·F, D];
+    down: [E, D, F].
+    """
+    return _SwiGLUExperts.apply(x, weights, choices, places, num_rows, gate_up, down)
+
+
+def swiglu_experts_reference(
+    x: Tensor, weights: Tensor, choices: Tensor, places: Tensor, num_rows: list[int], gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """Return what `swiglu_experts` does: its definition."""
+    expert_P = torch.arange(len(num_rows), device=x.device).repeat_interleave(torch.tensor(num_rows, device=x.device))
+    expert_N = expert_P[places]
+    x_ND = x.repeat_interleave(weights.shape[1], 0)
+    gate_NF, up_NF = torch.einsum("nd,nfd->nf", x_ND, gate_up[expert_N]).chunk(2, -1)
+    y_ND = torch.einsum("nf,ndf->nd", F.silu(gate_NF) * up_NF, down[expert_N])
+    return (y_ND.view(*weights.shape, -1) * weights[..., None]).sum(1).to(x.dtype)
+
+
+class _SwiGLUExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        choices_P: Tensor,
+        places_N: Tensor,
+        num_rows: list[int],
+        gate_up: Tensor,
+        down: Tensor,
+    ) -> Tensor:
+        places_TK = places_N.view_as(weights_TK)
+        tokens_P = choices_P // max(1, weights_TK.shape[1])
+        factor_P1 = _by_row(weights_TK, places_N, len(choices_P)).to(x_TD.dtype)
+        hidden_P2F = x_TD.new_empty(len(choices_P), gate_up.shape[1])
+        y_PD = x_TD.new_empty(len(choices_P), x_TD.shape[1])
+        for expert, rows in _slices(num_rows):
+            hidden = torch.mm(x_TD.index_select(0, tokens_P[rows]), gate_up[expert].mT, out=hidden_P2F[rows])
+            gate, up = hidden.chunk(2, -1)
+            torch.mm(F.silu(gate).mul_(up).mul_(factor_P1[rows]), down[expert].mT, out=y_PD[rows])
+        ctx.save_for_backward(x_TD, weights_TK, tokens_P, places_N, hidden_P2F, gate_up, down)
+        ctx.num_rows = num_rows
+        return _sum_choices(y_PD, places_TK)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_y_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weights_TK, tokens_P, places_N, hidden_P2F, gate_up, down = ctx.saved_tensors
+        weight_P1 = _by_row(weights_TK, places_N, len(tokens_P))
+        factor_P1, d_weight_P1 = weight_P1.to(x_TD.dtype), torch.empty_like(weight_P1)
+        d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
+        d_x_PD = x_TD.new_empty(len(tokens_P), x_TD.shape[1])
+        # What an expert needs lies in the same memory as what the last one needed, which is in the core's caches.
+        scratch = x_TD.new_empty(5, max(ctx.num_rows, default=0), down.shape[2])
+        for expert, rows in _slices(ctx.num_rows):
+            tokens = tokens_P[rows]
+            x, d_y = x_TD.index_select(0, tokens), d_y_TD.index_select(0, tokens)
+            gate, up = hidden_P2F[rows].chunk(2, -1)
+            silu, active, d_active, *_ = scratch[:, : len(tokens)]
+            d_hidden = scratch[3:].view(-1, gate_up.shape[1])[: len(tokens)]
+            d_gate, d_up = d_hidden.chunk(2, -1)
+            torch.mm(d_y, down[expert], out=d_active)
+            torch.ops.aten.silu.out(gate, out=silu)
+            torch.mul(silu, up, out=active)
+            torch.sum(torch.mul(d_active, active, out=d_gate), -1, keepdim=True, dtype=weight_P1.dtype, out=d_weight_P1[rows])
+            torch.mm(d_y.mT, active.mul_(factor_P1[rows]), out=d_down[expert])
+            torch.mul(d_active.mul_(factor_P1[rows]), silu, out=d_up)
+            torch.ops.aten.silu_backward.grad_input(d_active.mul_(up), gate, grad_input=d_gate)
+            torch.mm(d_hidden.mT, x, out=d_gate_up[expert])
+            torch.mm(d_hidden, gate_up[expert], out=d_x_PD[rows])
+        d_weights_TK = d_weight_P1.index_select(0, places_N).view_as(weights_TK)
+        return _sum_choices(d_x_PD, places_N.view_as(weights_TK)), d_weights_TK, None, None, None, d_gate_up, d_down
+
+
+def _by_row(weights_TK: Tensor, places_N: Tensor, num_rows: int) -> Tensor:
+    """Return [P, 1]: the weight of each row's choice, 0 where a row is no choice's place."""
+    return weights_TK.new_zeros(num_rows, 1).index_copy_(0, places_N, weights_TK.reshape(-1, 1))
+
+
+def _sum_choices(rows_PD: Tensor, places_TK: Tensor) -> Tensor:
+    return F.embedding_bag(places_TK, rows_PD, mode="sum")
+
+
+def _slices(num_rows: list[int]) -> Iterator[tuple[int, slice]]:
+    """Yield each expert and the slice of its rows."""
+    end = 0
+    for expert, rows in enumerate(num_rows):
+        start, end = end, end + rows
+        yield expert, slice(start, end)

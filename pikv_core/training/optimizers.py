@@ -49,6 +49,7 @@ class Optimizers:
                 ],
                 lr=settings.lr,
                 betas=BETAS,
+                fused=True,
             )
         ]
         if groups["muon"]:
@@ -58,7 +59,7 @@ class Optimizers:
 
     def step(self, lr: float) -> float:
         """Clip the gradients, move the weights, forget the gradients; return their norm before."""
-        norm = torch.nn.utils.clip_grad_norm_(self._weights, self._clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._weights, self._clip_norm, foreach=True)
         for optimizer in self._all:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_factor", 1.0)

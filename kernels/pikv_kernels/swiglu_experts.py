@@ -7,7 +7,6 @@ Letters: T tokens, K choices of each, N = T·K, P the rows sorted by expert, E e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -56,10 +55,10 @@ class _SwiGLUExperts(torch.autograd.Function):
         factor_P1 = _by_row(weights_TK, places_N, len(choices_P)).to(x_TD.dtype)
         hidden_P2F = x_TD.new_empty(len(choices_P), gate_up.shape[1])
         y_PD = x_TD.new_empty(len(choices_P), x_TD.shape[1])
-        for expert, rows in _slices(num_rows):
-            hidden = torch.mm(x_TD.index_select(0, tokens_P[rows]), gate_up[expert].mT, out=hidden_P2F[rows])
-            gate, up = hidden.chunk(2, -1)
-            torch.mm(F.silu(gate).mul_(up).mul_(factor_P1[rows]), down[expert].mT, out=y_PD[rows])
+        parts = (one.split(num_rows) for one in (tokens_P, factor_P1, hidden_P2F, y_PD))
+        for tokens, factor, hidden, y, first, second in zip(*parts, gate_up.mT, down.mT, strict=True):
+            gate, up = torch.mm(x_TD.index_select(0, tokens), first, out=hidden).chunk(2, -1)
+            torch.mm(F.silu(gate).mul_(up).mul_(factor), second, out=y)
         ctx.save_for_backward(x_TD, weights_TK, tokens_P, places_N, hidden_P2F, gate_up, down)
         ctx.num_rows = num_rows
         return _sum_choices(y_PD, places_TK)
@@ -73,23 +72,23 @@ class _SwiGLUExperts(torch.autograd.Function):
         d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
         d_x_PD = x_TD.new_empty(len(tokens_P), x_TD.shape[1])
         # What an expert needs lies in the same memory as what the last one needed, which is in the core's caches.
-        scratch = x_TD.new_empty(5, max(ctx.num_rows, default=0), down.shape[2])
-        for expert, rows in _slices(ctx.num_rows):
-            tokens = tokens_P[rows]
+        scratch = x_TD.new_empty(3, max(ctx.num_rows, default=0), down.shape[2])
+        scratch_2F = x_TD.new_empty(scratch.shape[1], gate_up.shape[1])
+        parts = (one.split(ctx.num_rows) for one in (tokens_P, factor_P1, hidden_P2F, d_weight_P1, d_x_PD))
+        weights = (one.unbind(0) for one in (gate_up, down, d_gate_up, d_down))
+        for tokens, factor, hidden, d_weight, d_x, first, second, d_first, d_second in zip(*parts, *weights, strict=True):
             x, d_y = x_TD.index_select(0, tokens), d_y_TD.index_select(0, tokens)
-            gate, up = hidden_P2F[rows].chunk(2, -1)
-            silu, active, d_active, *_ = scratch[:, : len(tokens)]
-            d_hidden = scratch[3:].view(-1, gate_up.shape[1])[: len(tokens)]
-            d_gate, d_up = d_hidden.chunk(2, -1)
-            torch.mm(d_y, down[expert], out=d_active)
+            (silu, active, d_active), d_hidden = scratch[:, : len(tokens)], scratch_2F[: len(tokens)]
+            (gate, up), (d_gate, d_up) = hidden.chunk(2, -1), d_hidden.chunk(2, -1)
+            torch.mm(d_y, second, out=d_active)
             torch.ops.aten.silu.out(gate, out=silu)
             torch.mul(silu, up, out=active)
-            torch.sum(torch.mul(d_active, active, out=d_gate), -1, keepdim=True, dtype=weight_P1.dtype, out=d_weight_P1[rows])
-            torch.mm(d_y.mT, active.mul_(factor_P1[rows]), out=d_down[expert])
-            torch.mul(d_active.mul_(factor_P1[rows]), silu, out=d_up)
+            torch.sum(torch.mul(d_active, active, out=d_gate), -1, keepdim=True, dtype=d_weight.dtype, out=d_weight)
+            torch.mm(d_y.mT, active.mul_(factor), out=d_second)
+            torch.mul(d_active.mul_(factor), silu, out=d_up)
             torch.ops.aten.silu_backward.grad_input(d_active.mul_(up), gate, grad_input=d_gate)
-            torch.mm(d_hidden.mT, x, out=d_gate_up[expert])
-            torch.mm(d_hidden, gate_up[expert], out=d_x_PD[rows])
+            torch.mm(d_hidden.mT, x, out=d_first)
+            torch.mm(d_hidden, first, out=d_x)
         d_weights_TK = d_weight_P1.index_select(0, places_N).view_as(weights_TK)
         return _sum_choices(d_x_PD, places_N.view_as(weights_TK)), d_weights_TK, None, None, None, d_gate_up, d_down
 
@@ -101,11 +100,3 @@ def _by_row(weights_TK: Tensor, places_N: Tensor, num_rows: int) -> Tensor:
 
 def _sum_choices(rows_PD: Tensor, places_TK: Tensor) -> Tensor:
     return F.embedding_bag(places_TK, rows_PD, mode="sum")
-
-
-def _slices(num_rows: list[int]) -> Iterator[tuple[int, slice]]:
-    """Yield each expert and the slice of its rows."""
-    end = 0
-    for expert, rows in enumerate(num_rows):
-        start, end = end, end + rows
-        yield expert, slice(start, end)

@@ -67,7 +67,9 @@ def main() -> int:
             "loss_tolerance": LOSS_TOLERANCE,
         },
         "results": {
-            architecture: {precision: _measure(architecture, precision, arguments) for precision in arguments.precisions}
+            architecture: {
+                precision: _measure(architecture, precision, arguments) for precision in arguments.precisions
+            }
             for architecture in ARCHITECTURES
         },
     }

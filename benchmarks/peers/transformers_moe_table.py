@@ -20,8 +20,9 @@ def table(found: dict[str, Any]) -> str:
         "Four layers, hidden 256, 4/2 heads of 64, 8 experts of 512, 2 for each token, vocabulary 4,096; "
         f"{setting['samples']} x {setting['context_tokens']} tokens a step. A step is everything from ids to moved "
         f"weights; medians of {setting['steps']} steps in turn, in "
-        f"{'CPU time of the process' if is_cpu else 'wall time, synchronised'}. Loss is the cross-entropy before the "
-        f"first step. Peak memory is that of a process of its own, {'beyond its libraries' if is_cpu else 'allocated'}.",
+        f"{'CPU time of the process' if is_cpu else 'wall time, synchronised'}. Loss is the cross-entropy before "
+        "the first step. Peak memory is that of a process of its own, "
+        f"{'beyond its libraries' if is_cpu else 'allocated'}.",
     ]
     for architecture, precisions in found["results"].items():
         lines += [
@@ -47,8 +48,8 @@ def _row(precision: str, side: str, row: dict[str, float], ours: float) -> str:
 def _notes(found: dict[str, Any]) -> list[str]:
     settings = ", ".join(f"{name}={value}" for name, value in found["environment"].items())
     return [
-        "- autocast: bfloat16 autocast over float32 weights, transformers' as users run it, PiKV's as its trainer does. "
-        "masters: bfloat16 weights, moved by way of float32 copies. grouped_mm and eager: transformers' experts.",
+        "- autocast: bfloat16 autocast over float32 weights, transformers' as users run it, PiKV's as its trainer "
+        "does. masters: bfloat16 weights, moved by way of float32 copies. grouped_mm and eager: transformers' experts.",
         "- Both sides clip with foreach and step with the fused AdamW, and balance their experts with losses that are "
         "equal at balance. Nothing is compiled on either side.",
         f"- malloc's settings are the system's own for both sides{f', and {settings}' if settings else ''}.",

@@ -35,7 +35,7 @@ def swiglu_experts_reference(
     x_ND = x.repeat_interleave(weights.shape[1], 0)
     gate_NF, up_NF = torch.einsum("nd,nfd->nf", x_ND, gate_up[expert_N]).chunk(2, -1)
     y_ND = torch.einsum("nf,ndf->nd", F.silu(gate_NF) * up_NF, down[expert_N])
-    return (y_ND.view(*weights.shape, -1) * weights[..., None]).sum(1).to(x.dtype)
+    return (y_ND.view(*weights.shape, x.shape[1]) * weights[..., None]).sum(1).to(x.dtype)
 
 
 class _SwiGLUExperts(torch.autograd.Function):
@@ -76,7 +76,9 @@ class _SwiGLUExperts(torch.autograd.Function):
         scratch_2F = x_TD.new_empty(scratch.shape[1], gate_up.shape[1])
         parts = (one.split(ctx.num_rows) for one in (tokens_P, factor_P1, hidden_P2F, d_weight_P1, d_x_PD))
         weights = (one.unbind(0) for one in (gate_up, down, d_gate_up, d_down))
-        for tokens, factor, hidden, d_weight, d_x, first, second, d_first, d_second in zip(*parts, *weights, strict=True):
+        for tokens, factor, hidden, d_weight, d_x, first, second, d_first, d_second in zip(
+            *parts, *weights, strict=True
+        ):
             x, d_y = x_TD.index_select(0, tokens), d_y_TD.index_select(0, tokens)
             (silu, active, d_active), d_hidden = scratch[:, : len(tokens)], scratch_2F[: len(tokens)]
             (gate, up), (d_gate, d_up) = hidden.chunk(2, -1), d_hidden.chunk(2, -1)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, eager_attention_forward
 
@@ -82,24 +83,25 @@ class PiKVAttention(nn.Module):
         B, T, _ = x.shape
         G = self.config.num_key_value_heads
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        weight = torch.cat([linear.weight for linear in projections]).to(x.dtype)
-        biases = [linear.bias if linear.bias is not None else x.new_zeros(len(linear.weight)) for linear in projections]
+        weights: list[Tensor] = [linear.weight for linear in projections]
+        biases: list[Tensor] = [
+            linear.bias if linear.bias is not None else x.new_zeros(len(linear.weight)) for linear in projections
+        ]
         bias = None if all(linear.bias is None for linear in projections) else torch.cat(biases).to(x.dtype)
-        heads_BTHD = F.linear(x, weight, bias).unflatten(-1, (-1, self.head_dim))
+        heads_BTHD = F.linear(x, torch.cat(weights).to(x.dtype), bias).unflatten(-1, (-1, self.head_dim))
         q_BTHD, k_BTGD, v_BTGD = heads_BTHD.split([heads_BTHD.shape[2] - 2 * G, G, G], 2)
-        if self.config.qk_norm:
+        if isinstance(self.q_norm, LlamaRMSNorm) and isinstance(self.k_norm, LlamaRMSNorm):
             q_BTHD = rms_norm(q_BTHD, self.q_norm.weight, self.q_norm.variance_epsilon)
             k_BTGD = rms_norm(k_BTGD, self.k_norm.weight, self.k_norm.variance_epsilon)
         # Their halves are the same; the scale goes along with the queries' rotation.
         cos, sin = (table[:, :, None, : self.head_dim // 2] for table in position_embeddings)
         q_BTHD, k_BTGD = rotate(q_BTHD, cos * self.scaling, sin * self.scaling), rotate(k_BTGD, cos, sin)
         if x.device.type == "cpu" and T <= MOST_BLOCK_TOKENS:
-            folded = (_fold(heads, G) for heads in (q_BTHD, k_BTGD, v_BTGD))
-            out = _unfold(block_causal_attention(*folded), B, T)
+            query, keys, values = (_fold(heads, G) for heads in (q_BTHD, k_BTGD, v_BTGD))
+            out = _unfold(block_causal_attention(query, keys, values), B, T)
         else:
-            heads = (heads.transpose(1, 2) for heads in (q_BTHD, k_BTGD, v_BTGD))
-            out_BHTD = F.scaled_dot_product_attention(*heads, is_causal=True, scale=1.0, enable_gqa=True)
-            out = out_BHTD.transpose(1, 2).reshape(B, T, -1)
+            query, keys, values = (heads.transpose(1, 2) for heads in (q_BTHD, k_BTGD, v_BTGD))
+            out = sdpa_attention_forward(self, query, keys, values, None, scaling=1.0)[0].reshape(B, T, -1)
         bias = None if self.o_proj.bias is None else self.o_proj.bias.to(x.dtype)
         return F.linear(out, self.o_proj.weight.to(x.dtype), bias)
 

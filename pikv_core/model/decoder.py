@@ -192,8 +192,9 @@ class PiKVModel(PiKVPreTrainedModel):
 
     def _may_learn_fast(self) -> bool:
         """Whether a pass over all tokens, with gradients, may go round the modules inside a layer's attention."""
-        plain = self.config._attn_implementation == "sdpa" and all(layer.self_attn.is_plain for layer in self.layers)
-        return plain and torch.is_grad_enabled()
+        if self.config._attn_implementation != "sdpa" or not torch.is_grad_enabled():
+            return False
+        return all(module.is_plain for module in self.modules() if isinstance(module, PiKVAttention))
 
 
 def _token_mask(attention_mask: Any, num_tokens: int) -> Tensor | None:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 512  # rows
+# Logits at a time: those of a CPU are to stay in its caches, a GPU has room, and little patience for small products.
+MOST_LOGITS = {"cpu": 2**21, "cuda": 2**25}
+LEAST_ROWS = 128
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -40,7 +42,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         total = x.new_zeros((), dtype=wide)
         d_x, d_weight = (torch.empty_like(x), torch.zeros_like(weight, dtype=wide)) if learns else (x, None)
-        for rows, chosen, d_rows in zip(x.split(CHUNK), targets.split(CHUNK), d_x.split(CHUNK), strict=True):
+        num_rows = max(LEAST_ROWS, MOST_LOGITS[x.device.type] // len(weight))
+        for rows, chosen, d_rows in zip(*(one.split(num_rows) for one in (x, targets, d_x)), strict=True):
             logits = rows @ weight.mT
             loss, probs = _losses(logits, chosen)
             total += loss

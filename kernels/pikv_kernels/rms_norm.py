@@ -8,14 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """Return weight·x / sqrt(mean x² + eps) over the last dimension of x [..., D], in `dtype`, by default that of x.
 
-    Computed in float32 or wider, and rounded once.
+    Computed in float32 or wider, and rounded once; on CUDA by torch's own kernel, with the weight in the type of x.
     """
+    if x.is_cuda:
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps).to(dtype or x.dtype)
     return _RMSNorm.apply(x, weight, eps, dtype or x.dtype)
 
 

@@ -39,8 +39,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = x.to(cos.dtype)
     y = torch.empty_like(wide, memory_format=torch.contiguous_format)
     (low, high), (new_low, new_high) = wide.chunk(2, -1), y.chunk(2, -1)
-    # Spread over the heads, whose rows are short: a loop over what broadcasts in between takes twice as long.
-    cos, sin = (table.expand(*table.shape[:-2], *low.shape[-2:]).contiguous() for table in (cos, sin))
     torch.mul(low, cos, out=new_low).addcmul_(high, sin, value=-1)
     torch.mul(high, cos, out=new_high).addcmul_(low, sin)
     return y.to(x.dtype)

@@ -89,13 +89,18 @@ class PiKVAttention(nn.Module):
         ]
         bias = None if all(linear.bias is None for linear in projections) else torch.cat(biases).to(x.dtype)
         heads_BTHD = F.linear(x, torch.cat(weights).to(x.dtype), bias).unflatten(-1, (-1, self.head_dim))
-        q_BTHD, k_BTGD, v_BTGD = heads_BTHD.split([heads_BTHD.shape[2] - 2 * G, G, G], 2)
+        H = heads_BTHD.shape[2] - 2 * G
+        rotated, v_BTGD = heads_BTHD.split([H + G, G], 2)
         if isinstance(self.q_norm, LlamaRMSNorm) and isinstance(self.k_norm, LlamaRMSNorm):
+            q_BTHD, k_BTGD = rotated.split([H, G], 2)
             q_BTHD = rms_norm(q_BTHD, self.q_norm.weight, self.q_norm.variance_epsilon)
             k_BTGD = rms_norm(k_BTGD, self.k_norm.weight, self.k_norm.variance_epsilon)
-        # Their halves are the same; the scale goes along with the queries' rotation.
-        cos, sin = (table[:, :, None, : self.head_dim // 2] for table in position_embeddings)
-        q_BTHD, k_BTGD = rotate(q_BTHD, cos * self.scaling, sin * self.scaling), rotate(k_BTGD, cos, sin)
+            rotated = torch.cat([q_BTHD, k_BTGD], 2)
+        # A table for every head, which spares loops over short rows; its two halves are the same. The queries are
+        # scaled along with their rotation.
+        scales = x.new_tensor([self.scaling] * H + [1.0] * G, dtype=position_embeddings[0].dtype)[:, None]
+        cos, sin = (table[:, :, None, : self.head_dim // 2] * scales for table in position_embeddings)
+        q_BTHD, k_BTGD = rotate(rotated, cos, sin).split([H, G], 2)
         if x.device.type == "cpu" and T <= MOST_BLOCK_TOKENS:
             query, keys, values = (_fold(heads, G) for heads in (q_BTHD, k_BTGD, v_BTGD))
             out = _unfold(block_causal_attention(query, keys, values), B, T)

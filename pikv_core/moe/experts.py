@@ -97,12 +97,14 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int, backend: str) -> tuple[
     num_choices = len(experts_N)
     grain = GRAIN if backend == "loop" and num_choices >= GRAIN * num_experts else 1
     order_N = experts_N.argsort(stable=True)
-    counts_E = torch.bincount(experts_N, minlength=num_experts)
-    rows_E = (counts_E + grain - 1) // grain * grain
-    filled_before_E = (rows_E - counts_E).cumsum(0) - (rows_E - counts_E)
-    rows_N = torch.arange(num_choices, device=experts_N.device) + filled_before_E[experts_N[order_N]]
-    choices_P = order_N.new_zeros(num_choices if grain == 1 else int(rows_E.sum()))
-    choices_P[rows_N] = order_N
+    counts_E = experts_N.new_zeros(num_experts).scatter_add_(0, experts_N, torch.ones_like(experts_N))
+    rows_N, rows_E, choices_P = torch.arange(num_choices, device=experts_N.device), counts_E, order_N
+    if grain > 1:
+        rows_E = (counts_E + grain - 1) // grain * grain
+        filled_before_E = (rows_E - counts_E).cumsum(0) - (rows_E - counts_E)
+        rows_N = rows_N + filled_before_E[experts_N[order_N]]
+        choices_P = order_N.new_zeros(int(rows_E.sum()))
+        choices_P[rows_N] = order_N
     places_N = torch.empty_like(order_N)
     places_N[order_N] = rows_N
     return choices_P, places_N, rows_E

@@ -16,7 +16,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -142,13 +141,19 @@ def _peak_of(architecture: str, side: str, arguments: argparse.Namespace) -> int
 def _peak_bytes(architecture: str, side: str, device: str) -> int:
     """Return the most memory of some steps beyond that of the libraries."""
     transformers.logging.set_verbosity_error()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _resident_bytes()
     step = contender(architecture, side, device)
     for number in range(WARM_STEPS):
         step.step(_ids(number))
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return _resident_bytes() - before
+
+
+def _resident_bytes() -> int:
+    """Return the most bytes of this program that were resident; getrusage would tell of its parent's, too."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def _spread(values: list[float]) -> float:

@@ -53,20 +53,21 @@ class _SwiGLUExperts(torch.autograd.Function):
         places_TK = places_N.view_as(weights_TK)
         tokens_P = choices_P // max(1, weights_TK.shape[1])
         factor_P1 = _by_row(weights_TK, places_N, len(choices_P)).to(x_TD.dtype)
-        hidden_P2F = x_TD.new_empty(len(choices_P), gate_up.shape[1])
         y_PD = x_TD.new_empty(len(choices_P), x_TD.shape[1])
-        parts = (one.split(num_rows) for one in (tokens_P, factor_P1, hidden_P2F, y_PD))
-        for tokens, factor, hidden, y, first, second in zip(*parts, gate_up.mT, down.mT, strict=True):
-            gate, up = torch.mm(x_TD.index_select(0, tokens), first, out=hidden).chunk(2, -1)
+        parts = (one.split(num_rows) for one in (tokens_P, factor_P1, y_PD))
+        kept = []  # a tensor for each expert: memory for all at once, beyond 32 MiB, would be new to glibc every time
+        for tokens, factor, y, first, second in zip(*parts, gate_up.mT, down.mT, strict=True):
+            kept.append(torch.mm(x_TD.index_select(0, tokens), first))
+            gate, up = kept[-1].chunk(2, -1)
             torch.mm(F.silu(gate).mul_(up).mul_(factor), second, out=y)
-        ctx.save_for_backward(x_TD, weights_TK, tokens_P, places_N, hidden_P2F, gate_up, down)
+        ctx.save_for_backward(x_TD, weights_TK, tokens_P, places_N, gate_up, down, *kept)
         ctx.num_rows = num_rows
         return _sum_choices(y_PD, places_TK)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_y_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weights_TK, tokens_P, places_N, hidden_P2F, gate_up, down = ctx.saved_tensors
+        x_TD, weights_TK, tokens_P, places_N, gate_up, down, *kept = ctx.saved_tensors
         weight_P1 = _by_row(weights_TK, places_N, len(tokens_P))
         factor_P1, d_weight_P1 = weight_P1.to(x_TD.dtype), torch.empty_like(weight_P1)
         d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
@@ -74,10 +75,10 @@ class _SwiGLUExperts(torch.autograd.Function):
         # What an expert needs lies in the same memory as what the last one needed, which is in the core's caches.
         scratch = x_TD.new_empty(3, max(ctx.num_rows, default=0), down.shape[2])
         scratch_2F = x_TD.new_empty(scratch.shape[1], gate_up.shape[1])
-        parts = (one.split(ctx.num_rows) for one in (tokens_P, factor_P1, hidden_P2F, d_weight_P1, d_x_PD))
+        parts = (one.split(ctx.num_rows) for one in (tokens_P, factor_P1, d_weight_P1, d_x_PD))
         weights = (one.unbind(0) for one in (gate_up, down, d_gate_up, d_down))
-        for tokens, factor, hidden, d_weight, d_x, first, second, d_first, d_second in zip(
-            *parts, *weights, strict=True
+        for hidden, tokens, factor, d_weight, d_x, first, second, d_first, d_second in zip(
+            kept, *parts, *weights, strict=True
         ):
             x, d_y = x_TD.index_select(0, tokens), d_y_TD.index_select(0, tokens)
             (silu, active, d_active), d_hidden = scratch[:, : len(tokens)], scratch_2F[: len(tokens)]

@@ -18,10 +18,11 @@ from pikv_core.model.attention import PiKVAttention
 from pikv_core.model.config import PiKVConfig
 from pikv_core.model.masks import causal_mask
 from pikv_core.moe import create_moe
-from pikv_core.moe.experts import Experts
+from pikv_core.moe.experts import Experts, compute_dtype
 from pikv_core.moe.layer import MoE
 from pikv_core.moe.lora import LoRAExperts
 from pikv_core.moe.routing import Routing
+from pikv_kernels.rms_norm import rms_norm
 
 
 @dataclass
@@ -58,12 +59,23 @@ class PiKVDecoderLayer(GradientCheckpointingLayer):
         x: Tensor,
         token_mask: Tensor | None = None,
         router_info: Mapping[str, Tensor] | None = None,
+        learns: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Routing]:
-        out, attention = self.self_attn(self.input_layernorm(x), **kwargs)
-        x = x + out
+        """Return x [B, T, hidden] further on, the attention weights and the routing; learns: as of PiKVModel."""
+        first, second = self.input_layernorm, self.post_attention_layernorm
+        if learns:
+            attention = None
+            with torch.autocast(x.device.type, enabled=False):
+                normed = rms_norm(x, first.weight, first.variance_epsilon)
+                x = x + self.self_attn.attend_causally(normed, kwargs["position_embeddings"])
+                normed = rms_norm(x, second.weight, second.variance_epsilon)
+        else:
+            out, attention = self.self_attn(first(x), **kwargs)
+            x = x + out
+            normed = second(x)
         told = {name: info for name, info in (router_info or {}).items() if name == self.mlp.gate.told}
-        out, routing = self.mlp(self.post_attention_layernorm(x), token_mask, **told)
+        out, routing = self.mlp(normed, token_mask, **told)
         return x + out, attention, routing
 
 
@@ -143,12 +155,16 @@ class PiKVModel(PiKVPreTrainedModel):
             position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
         mask = causal_mask(self.config, x, attention_mask, past_key_values, position_ids)
         rotary = self.rotary_emb(x, position_ids=position_ids)
+        learns = mask is None and past_key_values is None and self._may_learn_fast()
+        if learns:
+            x = x.to(compute_dtype(x))
         hidden_states, attentions, routings = [x], [], []
         for layer in self.layers:
             x, attention, routing = layer(
                 x,
                 token_mask=_token_mask(attention_mask, x.shape[1]),
                 router_info=router_info,
+                learns=learns,
                 attention_mask=mask,
                 position_embeddings=rotary,
                 position_ids=position_ids,
@@ -158,7 +174,7 @@ class PiKVModel(PiKVPreTrainedModel):
             hidden_states.append(x)
             attentions.append(attention)
             routings.append(routing)
-        x = self.norm(x)
+        x = rms_norm(x, self.norm.weight, self.norm.variance_epsilon, inputs_embeds.dtype) if learns else self.norm(x)
         hidden_states[-1] = x
         parts = [routing.weighted_losses for routing in routings]
         aux_losses = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
@@ -173,6 +189,12 @@ class PiKVModel(PiKVPreTrainedModel):
             aux_loss=sum(aux_losses.values(), x.new_zeros((), dtype=torch.float32)),
             aux_losses=aux_losses,
         )
+
+    def _may_learn_fast(self) -> bool:
+        """Whether a pass over all tokens, with gradients, may go round the modules inside a layer's attention."""
+        if self.config._attn_implementation != "sdpa" or not torch.is_grad_enabled():
+            return False
+        return all(module.is_plain for module in self.modules() if isinstance(module, PiKVAttention))
 
 
 def _token_mask(attention_mask: Any, num_tokens: int) -> Tensor | None:

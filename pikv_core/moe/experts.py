@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pikv_core.errors import UsageError
+from pikv_kernels.swiglu_experts import swiglu_experts
 
 BACKENDS = ("loop", "grouped_mm", "reference")
 
@@ -43,11 +44,11 @@ class Experts(nn.Module):
             if backend == "reference":
                 return dense_sum(x_TD, weights, experts, gate_up, down).to(x.dtype)
             choices_P, places_N, rows_E = sort_by_expert(experts, self.num_experts, backend)
-            sorted_PD = x_TD.index_select(0, choices_P // experts.shape[1])
             if backend == "loop":
-                out_PD = _loop(sorted_PD, rows_E.tolist(), gate_up, down)
-            else:
-                out_PD = _grouped(sorted_PD, rows_E.cumsum(0).to(torch.int32), gate_up, down)
+                sort = choices_P, places_N, rows_E.tolist()
+                return swiglu_experts(x_TD, weights, *sort, gate_up, down).to(x.dtype)
+            sorted_PD = x_TD.index_select(0, choices_P // experts.shape[1])
+            out_PD = _grouped(sorted_PD, rows_E.cumsum(0).to(torch.int32), gate_up, down)
             out_TKD = out_PD.index_select(0, places_N).view(*experts.shape, x.shape[-1])
             return (out_TKD * weights[..., None]).sum(1).to(x.dtype)
 
@@ -96,12 +97,14 @@ def sort_by_expert(experts_TK: Tensor, num_experts: int, backend: str) -> tuple[
     num_choices = len(experts_N)
     grain = GRAIN if backend == "loop" and num_choices >= GRAIN * num_experts else 1
     order_N = experts_N.argsort(stable=True)
-    counts_E = torch.bincount(experts_N, minlength=num_experts)
-    rows_E = (counts_E + grain - 1) // grain * grain
-    filled_before_E = (rows_E - counts_E).cumsum(0) - (rows_E - counts_E)
-    rows_N = torch.arange(num_choices, device=experts_N.device) + filled_before_E[experts_N[order_N]]
-    choices_P = order_N.new_zeros(num_choices if grain == 1 else int(rows_E.sum()))
-    choices_P[rows_N] = order_N
+    counts_E = experts_N.new_zeros(num_experts).scatter_add_(0, experts_N, torch.ones_like(experts_N))
+    rows_N, rows_E, choices_P = torch.arange(num_choices, device=experts_N.device), counts_E, order_N
+    if grain > 1:
+        rows_E = (counts_E + grain - 1) // grain * grain
+        filled_before_E = (rows_E - counts_E).cumsum(0) - (rows_E - counts_E)
+        rows_N = rows_N + filled_before_E[experts_N[order_N]]
+        choices_P = order_N.new_zeros(int(rows_E.sum()))
+        choices_P[rows_N] = order_N
     places_N = torch.empty_like(order_N)
     places_N[order_N] = rows_N
     return choices_P, places_N, rows_E
@@ -120,12 +123,6 @@ def dense_sum(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, gate_up: Ten
     dense_TE = weights_TK.new_zeros(len(x_TD), len(down)).scatter_add(1, experts_TK, weights_TK)
     dtype = torch.promote_types(out_ETD.dtype, dense_TE.dtype)
     return torch.einsum("etd,te->td", out_ETD.to(dtype), dense_TE.to(dtype))
-
-
-def _loop(x_PD: Tensor, num_rows: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
-    # unbind's backward stacks the experts' gradients once; indexing would add E gradients of full size.
-    parts = zip(x_PD.split(num_rows), gate_up.unbind(0), down.unbind(0), strict=True)
-    return torch.cat([F.linear(swiglu(F.linear(x, first)), second) for x, first, second in parts])
 
 
 def _grouped(x_PD: Tensor, ends_E: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ class Optimizers:
                 ],
                 lr=settings.lr,
                 betas=BETAS,
+                fused=True,
             )
         ]
         if groups["muon"]:
@@ -70,7 +71,7 @@ class Optimizers:
         """Clip the gradients, move the weights, forget the gradients; return their norm before."""
         self._team.average_gradients(self._beside.values())
         norm = self._team.gradient_norm(self._weights.values())
-        clip_grads_with_norm_(self._weights.values(), self._clip_norm, norm)
+        clip_grads_with_norm_(self._weights.values(), self._clip_norm, norm, foreach=True)
         for optimizer in self._all:
             for group in optimizer.param_groups:
                 group["lr"] = lr * group.get("lr_factor", 1.0)
@@ -88,23 +89,25 @@ class Optimizers:
         unknown = [name for name in states if name not in self._weights]
         if unknown:
             raise ValueError(f"{unknown[0]} does not learn here")
+        names = {id(weight): name for name, weight in self._weights.items()}
         for optimizer in self._all:
-            mine = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-            for name, weight in self._weights.items():
-                if id(weight) in mine and name in states:
-                    _check_shapes(name, weight, states[name])
-                    optimizer.state[weight] = {key: _placed(value, weight) for key, value in states[name].items()}
+            for group in optimizer.param_groups:
+                for weight in group["params"]:
+                    state = states.get(names[id(weight)], {})
+                    _check_shapes(names[id(weight)], weight, state)
+                    # Numbers of steps are counted on the CPU, but by fused optimizers.
+                    fused = bool(group.get("fused"))
+                    placed = {
+                        key: value.to(weight.device) if value.dim() or fused else value for key, value in state.items()
+                    }
+                    if placed:
+                        optimizer.state[weight] = placed
 
 
 def _check_shapes(name: str, weight: Tensor, state: Mapping[str, Tensor]) -> None:
     for value in state.values():
         if value.dim() and value.shape != weight.shape:
             raise ValueError(f"{name} was of shape {list(value.shape)}, and is of {list(weight.shape)}")
-
-
-def _placed(value: Tensor, weight: Tensor) -> Tensor:
-    """Return a state where its weight is; numbers of steps stay on the CPU, where optimizers count them."""
-    return value.to(weight.device) if value.dim() else value
 
 
 def _is_matrix_of_a_block(name: str) -> bool:

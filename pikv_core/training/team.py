@@ -153,10 +153,10 @@ class Team:
         for weight in weights:
             if weight.grad is not None:
                 parts[id(weight) in apart].append(weight.grad)
-        norm = get_total_norm(parts[False])
+        norm = get_total_norm(parts[False], foreach=True)
         if not apart:
             return norm
-        square = get_total_norm(parts[True]).square()
+        square = get_total_norm(parts[True], foreach=True).square()
         dist.all_reduce(square, group=self._mesh["experts"].get_group())
         return (norm.square() + square).sqrt()
 

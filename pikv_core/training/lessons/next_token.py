@@ -40,7 +40,7 @@ class NextToken(Lesson):
 
     def step(self, model: Any, batch: Batch) -> Step:
         with_text = self.settings.filler_loss > 0 or not batch.answer_mask.any()
-        scores, outputs = score(model, batch, with_text)
+        scores, outputs = score(model, batch, with_text, with_logits=self.settings.distill is not None)
         accuracy = int(scores.num_correct) / scores.num_answers if scores.num_answers else None
         return Step(scores.losses(self.settings.filler_loss), outputs, scores.logits, accuracy)
 

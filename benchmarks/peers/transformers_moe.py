@@ -28,7 +28,7 @@ import torch
 import transformers
 from peer import ROOT
 from report import commit, machine
-from transformers_moe_steps import ARCHITECTURES, SIDES, VOCABULARY, Step, contender
+from transformers_moe_steps import ARCHITECTURES, COMPILED, SIDES, VOCABULARY, Step, contender
 from transformers_moe_table import table
 
 from pikv_core import __version__
@@ -96,7 +96,7 @@ def _arguments() -> argparse.Namespace:
 
 def _measure(architecture: str, precision: str, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     print(f"measuring {architecture} in {precision}", file=sys.stderr, flush=True)
-    peaks = {side: _peak_of(architecture, side, arguments) for side in SIDES[precision]}
+    peaks = {side: _peak_of(architecture, side, arguments) for side in SIDES[precision] if COMPILED not in side}
     steps = {side: contender(architecture, side, arguments.device) for side in SIDES[precision]}
     losses = {side: step.cross_entropy(_ids(0)) for side, step in steps.items()}
     times: dict[str, list[float]] = {side: [] for side in steps}
@@ -108,7 +108,7 @@ def _measure(architecture: str, precision: str, arguments: argparse.Namespace) -
             "step_ms": 1e3 * statistics.median(times[side][WARM_STEPS:]),
             "tokens_per_s": SAMPLES * CONTEXT / statistics.median(times[side][WARM_STEPS:]),
             "cross_entropy": losses[side],
-            "peak_bytes": peaks[side],
+            "peak_bytes": peaks.get(side, 0),
         }
         for side in steps
     }

@@ -2,7 +2,7 @@
 
 A contender is `<side>` of SIDES for an architecture of ARCHITECTURES. Both sides clip by foreach and step by the fused
 AdamW, with the same rates; both balance their experts, PiKV in its own normalisation with the weight that makes both
-losses equal at balance.
+losses equal at balance. `compiled` sides have their decoder compiled by torch.
 """
 
 from __future__ import annotations
@@ -27,14 +27,22 @@ VOCABULARY, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 4096, 256, 4, 4, 2, 64
 EXPERTS, TOP_K, EXPERT_WIDTH = 8, 2, 512
 BALANCE, LR, DECAY, CLIP = 0.01, 1e-4, 0.01, 1.0
 IMPLEMENTATIONS = ("grouped_mm", "eager")  # of transformers' experts; the first is its default
+COMPILED = "compiled"
 
 # By precision: fp32; bf16 by autocast; bf16 weights with float32 masters.
 SIDES = {
-    "fp32": (*(f"transformers fp32 {name}" for name in IMPLEMENTATIONS), "pikv fp32"),
+    "fp32": (
+        *(f"transformers fp32 {name}" for name in IMPLEMENTATIONS),
+        "transformers fp32 grouped_mm compiled",
+        "pikv fp32",
+        "pikv fp32 compiled",
+    ),
     "bf16": (
         "transformers autocast grouped_mm",
         *(f"transformers masters {name}" for name in IMPLEMENTATIONS),
+        "transformers masters grouped_mm compiled",
         "pikv autocast",
+        "pikv autocast compiled",
     ),
 }
 ARCHITECTURES = ("mixtral", "qwen3_moe")
@@ -42,11 +50,15 @@ ARCHITECTURES = ("mixtral", "qwen3_moe")
 
 def contender(architecture: str, side: str, device: str) -> Step:
     """Return a side of SIDES with the architecture's weights, which are those of every side."""
-    who, precision, *implementation = side.split()
-    theirs = _theirs(architecture, *implementation)
+    who, precision, *how = side.split()
+    theirs = _theirs(architecture, how[0] if who == "transformers" else IMPLEMENTATIONS[0])
     if who == "pikv":
-        return PiKVStep(_ours(theirs, architecture), precision, device)
-    return TransformersStep(theirs, precision, device)
+        step: Step = PiKVStep(_ours(theirs, architecture), precision, device)
+    else:
+        step = TransformersStep(theirs, precision, device)
+    if COMPILED in how:
+        (step.model.base_model if who == "pikv" else step.model).compile()
+    return step
 
 
 class Step:

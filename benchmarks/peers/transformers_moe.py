@@ -88,6 +88,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each contender")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precisions", type=lambda text: text.split(","), default=list(SIDES), help="of fp32,bf16")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what torch compiles")
     parser.add_argument("--commit", help="what is measured, where there is no git repository")
     parser.add_argument("--peak", nargs=2, metavar=("ARCHITECTURE", "SIDE"), help="print this contender's memory alone")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -96,8 +97,9 @@ def _arguments() -> argparse.Namespace:
 
 def _measure(architecture: str, precision: str, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     print(f"measuring {architecture} in {precision}", file=sys.stderr, flush=True)
-    peaks = {side: _peak_of(architecture, side, arguments) for side in SIDES[precision] if COMPILED not in side}
-    steps = {side: contender(architecture, side, arguments.device) for side in SIDES[precision]}
+    sides = [side for side in SIDES[precision] if not (arguments.no_compile and COMPILED in side)]
+    peaks = {side: _peak_of(architecture, side, arguments) for side in sides if COMPILED not in side}
+    steps = {side: contender(architecture, side, arguments.device) for side in sides}
     losses = {side: step.cross_entropy(_ids(0)) for side, step in steps.items()}
     times: dict[str, list[float]] = {side: [] for side in steps}
     for number in range(WARM_STEPS + arguments.steps):

@@ -1,0 +1,189 @@
+"""One new token over codes and over numbers as they are, by numba: against float64, whatever the shapes."""
+
+import pytest
+import torch
+
+from pikv_kernels import backends
+from pikv_kernels.attend_codes import attend_codes, decode, define_attend_codes
+from pikv_kernels.attend_tokens import attend_pages, attend_tokens
+from pikv_kernels.pack_bits import pack
+from pikv_kernels.quantize_kv import quantize
+
+SHAPES = [(1, 64), (4, 128), (8, 96), (3, 80), (5, 20), (1, 256)]  # query rows of a group, head dim
+
+
+def random_codes(U, T, D, V, bits, B=1, G=2, room=0):
+    """Return codes of U units in a buffer with room behind them that holds NaN and large codes."""
+    generator = torch.Generator().manual_seed(U)
+    keys = torch.randn(B, G, U, D, T, generator=generator)
+    values = torch.randn(B, G, U, T, V, generator=generator)
+    channels = next(c for c in range(min(V, T), 0, -1) if V % c == 0)
+    key = quantize(keys, -1, bits)
+    value = quantize(values.unflatten(-1, (-1, channels)), -1, bits)
+    codes = {}
+    for name, (code, scale, zero) in {"key": key, "value": (value[0].flatten(-2), *value[1:])}.items():
+        codes |= {f"{name}_codes": pack(code, bits), f"{name}_scale": scale[..., 0], f"{name}_zero": zero[..., 0]}
+    return {name: roomy(x, room) for name, x in codes.items()}
+
+
+def roomy(x, room):
+    """Return x [B,G,S,...] as the start of a buffer with more rows, of NaN."""
+    wide = x.new_full((*x.shape[:2], x.shape[2] + room, *x.shape[3:]), torch.nan if x.is_floating_point() else 255)
+    wide[:, :, : x.shape[2]] = x
+    return wide[:, :, : x.shape[2]]
+
+
+def expect(query, keys, values, visible, scale, softcap=None):
+    """Return output, log-sum-exp and probabilities in float64."""
+    logits = query.double() @ keys.double().mT * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if visible is not None:
+        logits = logits.masked_fill(~visible, -torch.inf)
+    probs = logits.softmax(-1).nan_to_num(0.0)
+    return probs @ values.double(), logits.logsumexp(-1), probs
+
+
+def assert_equal(found, expected, rows):
+    for name, x, y in zip(("output", "lse", "probs"), found, expected):
+        if x is None:
+            continue
+        assert x.shape == y.shape and x.dtype == torch.float32
+        if not x.numel():
+            continue
+        error = (x.double() - y).nan_to_num(0.0, 0.0, 0.0).abs()
+        assert error.max() < 1e-5, f"{name}: max {error.max()}, mean {error.mean()}"
+        assert (x.isfinite() == y.isfinite()).all(), name
+    assert (found.probs is not None) == rows
+
+
+@pytest.mark.parametrize("R, D", SHAPES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_of_every_shape_equal_float64(R, D, bits):
+    codes = random_codes(3, 64, D, D, bits, room=2)
+    query = torch.randn(1, 2, R, D, generator=torch.Generator().manual_seed(1))
+    found = attend_codes(query, codes, bits, None, D**-0.5, with_probs=True, backend="numba")
+    assert_equal(found, expect(query, *decode(codes, bits, torch.float64), None, D**-0.5), True)
+
+
+@pytest.mark.parametrize("bits, T, D, V", [(2, 64, 64, 64), (8, 8, 64, 64), (4, 32, 96, 96), (8, 64, 24, 40)])
+def test_codes_of_other_units_and_of_keys_unlike_values(bits, T, D, V):
+    codes = random_codes(5, T, D, V, bits)
+    query = torch.randn(1, 2, 4, D, generator=torch.Generator().manual_seed(1))
+    found = attend_codes(query, codes, bits, None, 0.2, backend="numba")
+    assert_equal(found, expect(query, *decode(codes, bits, torch.float64), None, 0.2), False)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("num_units", [0, 1, 4])
+def test_codes_under_a_mask(num_units, softcap, heads):
+    codes = random_codes(num_units, 64, 64, 64, 8, B=3, room=1)
+    visible = torch.rand(3, heads, 1, num_units * 64, generator=torch.Generator().manual_seed(2)) < 0.5
+    visible[0] = False
+    visible[1, :, :, :64] = False
+    query = torch.randn(2, 3, 4, 64, generator=torch.Generator().manual_seed(1)).transpose(0, 1)  # not contiguous
+    found = attend_codes(query, codes, 8, visible, 0.3, softcap, True, backend="numba")
+    expected = expect(query, *decode(codes, 8, torch.float64), visible, 0.3, softcap)
+    assert_equal(found, expected, True)
+    assert (found.output[0] == 0).all() and (found.lse[0] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_units_that_are_picked(backend):
+    codes = random_codes(6, 64, 64, 64, 4, room=1)
+    units = torch.tensor([[[4, 0], [1, 3]]])
+    visible = torch.rand(1, 1, 1, 6 * 64, generator=torch.Generator().manual_seed(2)) < 0.7
+    query = torch.randn(1, 2, 4, 64, generator=torch.Generator().manual_seed(1))
+    found = attend_codes(query, codes, 4, visible, 0.3, units=units, backend=backend)
+    picked = torch.zeros(1, 2, 6, dtype=torch.bool).scatter_(2, units, True).repeat_interleave(64, dim=2)
+    seen = visible & picked[:, :, None]
+    assert_equal(found, expect(query, *decode(codes, 4, torch.float64), seen, 0.3), False)
+
+
+@pytest.mark.parametrize("R, D", SHAPES)
+def test_tokens_of_every_shape_equal_float64(R, D):
+    for num_tokens in (1, 3, 63, 64, 65, 200, 1000):
+        keys, values = (roomy(x, 7) for x in random_tokens(num_tokens, D))
+        query = torch.randn(1, 2, R, D, generator=torch.Generator().manual_seed(1))
+        found = attend_tokens(query, keys, values, None, D**-0.5, with_probs=True, backend="numba")
+        assert_equal(found, expect(query, keys, values, None, D**-0.5), True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_tokens_under_a_mask(dtype, heads, softcap):
+    for num_tokens in (0, 1, 65, 200):
+        keys, values = (roomy(x.to(dtype), 9) for x in random_tokens(num_tokens, 64, B=3))
+        visible = torch.rand(3, heads, 1, num_tokens, generator=torch.Generator().manual_seed(2)) < 0.5
+        visible[0] = False
+        query = torch.randn(2, 3, 4, 64, generator=torch.Generator().manual_seed(1)).transpose(0, 1)
+        found = attend_tokens(query, keys, values, visible, 0.3, softcap, True, backend="numba")
+        assert_equal(found, expect(query, keys, values, visible, 0.3, softcap), True)
+        if dtype is torch.bfloat16:
+            low = attend_tokens(query.to(dtype), keys, values, visible, 0.3, softcap, backend="numba")
+            assert low.output.dtype is dtype and low.lse.dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_that_are_picked(dtype):
+    keys, values = (roomy(x.to(dtype), 9) for x in random_tokens(71, 64))
+    pages = torch.tensor([[[4, 0], [1, 3]]])
+    query = torch.randn(1, 2, 4, 64, generator=torch.Generator().manual_seed(1))
+    found = attend_pages(query, keys, values, pages, 16, None, 0.3, None)
+    picked = torch.zeros(1, 2, 5, dtype=torch.bool).scatter_(2, pages, True).repeat_interleave(16, dim=2)
+    assert_equal(found, expect(query, keys, values, picked[:, :, None, :71], 0.3), False)
+
+
+def random_tokens(num_tokens, D, B=1, G=2):
+    return torch.randn(2, B, G, num_tokens, D, generator=torch.Generator().manual_seed(num_tokens)).unbind(0)
+
+
+def test_extreme_logits_lose_nothing():
+    keys, values = random_tokens(200, 64)
+    query = 100 * torch.randn(1, 2, 4, 64, generator=torch.Generator().manual_seed(1))
+    found = attend_tokens(query, keys, values, None, 1.0, with_probs=True, backend="numba")
+    expected = expect(query, keys, values, None, 1.0)
+    assert (found.output - expected[0]).abs().max() < 5e-3  # of logits of 5,000 in float32
+    plain = attend_tokens(query, keys, values, None, 1.0, backend="torch")
+    assert (plain.output - expected[0]).abs().max() < 5e-3
+
+
+def test_heads_spread_over_threads_are_the_same(monkeypatch):
+    keys, values = random_tokens(200, 64, B=3)
+    query = torch.randn(3, 2, 4, 64, generator=torch.Generator().manual_seed(1))
+    alone, spread = [], []
+    for threads, found in ((1, alone), (2, spread)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found += attend_tokens(query, keys, values, None, 0.3, None, True, backend="numba")
+    for one, two in zip(alone, spread):
+        assert torch.equal(one, two)
+
+
+def test_the_choice_is_told_and_forced():
+    keys, values = random_tokens(65, 64)
+    query = torch.randn(1, 2, 4, 64)
+    by_default = attend_tokens(query, keys, values, None, 0.3)
+    with backends.forced("torch"):
+        plain = attend_tokens(query, keys, values, None, 0.3)
+    with pytest.raises(ValueError, match="float16"):
+        attend_tokens(query.half(), keys.half(), values.half(), None, 0.3, backend="numba")
+    attend_tokens(query.half(), keys.half(), values.half(), None, 0.3)
+    with pytest.raises(ValueError, match="triton"):
+        attend_tokens(query, keys, values, None, 0.3, backend="triton")
+    told = {(choice.dtype, choice.backend, choice.reason) for choice in backends.backend_report()}
+    assert told >= {
+        ("float32", "numba", "a CPU and one new token"),
+        ("float32", "torch", "forced"),
+        ("float16", "torch", "no kernel for float16"),
+    }
+    torch.testing.assert_close(by_default.output, plain.output, atol=1e-5, rtol=1e-5)
+
+
+def test_the_definition_gives_what_the_kernel_gives():
+    codes = random_codes(3, 64, 64, 64, 8)
+    query = torch.randn(1, 2, 4, 64, generator=torch.Generator().manual_seed(1))
+    found = attend_codes(query, codes, 8, None, 0.3, None, True, backend="numba")
+    for one, two in zip(found, define_attend_codes(query, codes, 8, None, 0.3, None, True)):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)

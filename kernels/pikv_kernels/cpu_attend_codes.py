@@ -42,6 +42,7 @@ def make_kernel(R: int, D: int, V: int, C: int, T: int, bits: int) -> Callable[.
             sums[:] = np.float32(0)
             for place in range(num_units):
                 u = units[n, place] if len(units) else place
+                to_next = units[n, min(place + 1, num_units - 1)] - u if len(units) else 1
                 of_scale, of_zero = key_scale[n, u], key_zero[n, u]
                 for r in range(R):
                     row, target, added = query[n, r], scaled[r], np.float32(0)
@@ -50,7 +51,7 @@ def make_kernel(R: int, D: int, V: int, C: int, T: int, bits: int) -> Callable[.
                         target[d] = x * step
                         added += x * (from_half(of_zero[d]) + MIDDLE * step)
                     logits[r] = added
-                add_product(scaled, key_codes[n, u], logits, R, D, T, 1, bits, KEY_BYTES)
+                add_product(scaled, key_codes[n, u], logits, R, D, T, 1, bits, to_next * KEY_BYTES)
                 if softcap > 0:
                     cap(logits, R, T, np.float32(softcap))
                 if len(seen):
@@ -71,7 +72,7 @@ def make_kernel(R: int, D: int, V: int, C: int, T: int, bits: int) -> Callable[.
                             target[i] = row[i] * group_scale[i * C + c]
                             added += row[i] * group_zero[i * C + c]
                         zeros[r, c] += added
-                add_product(weights, value_codes[n, u], own, R, T, V, C, bits, VALUE_BYTES)
+                add_product(weights, value_codes[n, u], own, R, T, V, C, bits, to_next * VALUE_BYTES)
             for r in range(R):
                 for c in range(C):
                     for d in range(c * W, c * W + W):

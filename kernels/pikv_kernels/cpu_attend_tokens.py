@@ -20,7 +20,7 @@ def make_kernel(R: int, D: int, V: int, T: int) -> Callable[..., None]:
     [heads,R,S] or [0,0,0] for none. It writes output, probs, and the highest logit and the weights' sum [heads,R] in
     powers of two.
     """
-    AHEAD = 4096
+    AHEAD = 4096  # bytes, where what follows lies behind
 
     def attend_tokens(
         query, keys, values, pages, num_tokens, seen, heads_of_seen, scale, softcap, output, highest, total, probs,
@@ -37,10 +37,15 @@ def make_kernel(R: int, D: int, V: int, T: int) -> Callable[..., None]:
             for r in range(R):
                 for d in range(D):
                     scaled[r, d] = query[n, r, d] * factor
-            for place in range(pages.shape[1] if len(pages) else (num_tokens + T - 1) // T):
+            num_blocks = pages.shape[1] if len(pages) else (num_tokens + T - 1) // T
+            key_ahead, value_ahead = AHEAD, AHEAD
+            for place in range(num_blocks):
                 start = pages[n, place] * T if len(pages) else place * T
                 end = min(start + T, num_tokens)
-                write_dots(scaled, keys[n, start:end], logits, R, end - start, D, AHEAD)
+                if len(pages):
+                    to_next = pages[n, min(place + 1, num_blocks - 1)] * T - start
+                    key_ahead, value_ahead = to_next * D * keys.itemsize, to_next * V * values.itemsize
+                write_dots(scaled, keys[n, start:end], logits, R, end - start, D, key_ahead)
                 if softcap > 0:
                     cap(logits, R, end - start, np.float32(softcap))
                 if len(seen):
@@ -50,7 +55,7 @@ def make_kernel(R: int, D: int, V: int, T: int) -> Callable[..., None]:
                         for i in range(end - start):
                             probs[n, r, start + i] = logits[r, i]
                 soften(logits, most, sums, own, nothing, R, end - start, V, 0)
-                add_product(logits, values[n, start:end], own, R, end - start, V, 1, 8, AHEAD)
+                add_product(logits, values[n, start:end], own, R, end - start, V, 1, 8, value_ahead)
             normalise(own, most, sums, probs, n, R)
 
     return compiled(attend_tokens)

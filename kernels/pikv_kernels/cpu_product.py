@@ -33,11 +33,12 @@ def add_product(typing_context, rows, matrix, output, num_rows, depth, width, nu
 
     rows: [num_groups·num_rows,K] and output are float32, the matrix packed codes of `bits` up to 8 (see `pack_bits`;
     less 2^(bits-1), so that large sums do not cancel), bits of bfloat16 (uint16) or float32; all C-contiguous, all
-    numbers but the depth K, at least 1, constants. ahead_bytes: how far ahead in memory to fetch, 0 for nowhere.
+    numbers but the depth K, at least 1, and ahead_bytes constants. ahead_bytes: from a row to what will be read next,
+    and is fetched into the caches.
     """
-    sizes = (num_rows, width, num_groups, bits, ahead_bytes)
-    R, W, C, code_bits, ahead = (size.literal_value for size in sizes)
-    signature = types.void(rows, matrix, output, num_rows, types.int64, *sizes[1:])
+    sizes = (num_rows, width, num_groups, bits)
+    R, W, C, code_bits = (size.literal_value for size in sizes)
+    signature = types.void(rows, matrix, output, num_rows, types.int64, *sizes[1:], types.int64)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         views = [context.make_array(kind)(context, builder, x) for kind, x in zip(signature.args[:3], arguments[:3])]
@@ -47,8 +48,8 @@ def add_product(typing_context, rows, matrix, output, num_rows, depth, width, nu
             for first in range(0, R, 4):
                 count = min(4, R - first)
                 for lanes, starts in _tiles(columns, W * code_bits // 8, SUMS // max(2, count)):
-                    tile = _Tile(group * R, first, count, lanes, starts, code_bits, ahead, signature.args[1].dtype)
-                    tile.emit(builder, _Operands(*data), _Operands(*strides), arguments[4])
+                    tile = _Tile(group * R, first, count, lanes, starts, code_bits, signature.args[1].dtype)
+                    tile.emit(builder, _Operands(*data), _Operands(*strides), arguments[4], arguments[8])
         return context.get_dummy_value()
 
     return signature, generate
@@ -93,10 +94,9 @@ class _Tile:
     lanes: int
     starts: list[_Start]
     bits: int
-    ahead: int
     dtype: Any
 
-    def emit(self, builder: Any, data: _Operands, strides: _Operands, depth: Any) -> None:
+    def emit(self, builder: Any, data: _Operands, strides: _Operands, depth: Any, ahead: Any) -> None:
         vector = ir.VectorType(_FLOAT, self.lanes)
         targets = [
             builder.bitcast(
@@ -114,10 +114,10 @@ class _Tile:
         sums = [builder.phi(vector) for _ in targets]
         row = builder.gep(data.matrix, [builder.mul(step, strides.matrix)])
         numbers = [_numbers(builder, row, start, self.lanes, self.bits, self.dtype) for start in self.starts]
-        if self.ahead:
+        if self.first_row == 0:
             element_bytes = self.dtype.bitwidth // 8
             bytes_read = {start.element * element_bytes for start in self.starts if start.part == 0}
-            _fetch(builder, row, self.ahead, bytes_read)
+            _fetch(builder, row, ahead, bytes_read)
         new: list[Any] = []
         for r in range(self.num_rows):
             first = builder.mul(strides.rows, _INT(self.group_row + self.first_row + r))
@@ -158,14 +158,14 @@ def _numbers(builder: Any, row: Any, start: _Start, lanes: int, bits: int, dtype
     return builder.sitofp(builder.sub(codes, ir.Constant(wide, [1 << bits - 1] * lanes)), vector)
 
 
-def _fetch(builder: Any, row: Any, ahead_bytes: int, bytes_read: set[int]) -> None:
-    """Ask for the lines that lie `ahead_bytes` further on than these bytes of a row."""
+def _fetch(builder: Any, row: Any, ahead: Any, bytes_read: set[int]) -> None:
+    """Ask for the lines that lie `ahead` bytes further on than these bytes of a row."""
     byte = ir.IntType(8).as_pointer()
     prefetch = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(ir.VoidType(), [byte, _INT32, _INT32, _INT32]), "llvm.prefetch.p0"
     )
     for line in sorted({start // LINE_BYTES for start in bytes_read}):
-        place = builder.gep(builder.bitcast(row, byte), [_INT(ahead_bytes + line * LINE_BYTES)])
+        place = builder.gep(builder.bitcast(row, byte), [builder.add(ahead, _INT(line * LINE_BYTES))])
         builder.call(prefetch, [place, _INT32(0), _INT32(3), _INT32(1)])
 
 
@@ -182,11 +182,11 @@ def _pick(builder: Any, first: Any, second: Any, lanes: list[int]) -> Any:
 def write_dots(typing_context, rows, matrix, output, num_rows, num_vectors, width, ahead_bytes):
     """Write rows [R,width] times the transpose of matrix [V,width] to output [R,V].
 
-    rows and output are float32, the matrix bits of bfloat16 (uint16) or float32; all C-contiguous. num_rows, width and
-    ahead_bytes are constants, see `add_product`.
+    rows and output are float32, the matrix bits of bfloat16 (uint16) or float32; all C-contiguous. num_rows and width
+    are constants. ahead_bytes: see `add_product`.
     """
-    R, W, ahead = (size.literal_value for size in (num_rows, width, ahead_bytes))
-    signature = types.void(rows, matrix, output, num_rows, types.int64, width, ahead_bytes)
+    R, W = num_rows.literal_value, width.literal_value
+    signature = types.void(rows, matrix, output, num_rows, types.int64, width, types.int64)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         views = [context.make_array(kind)(context, builder, x) for kind, x in zip(signature.args[:3], arguments[:3])]
@@ -195,9 +195,9 @@ def write_dots(typing_context, rows, matrix, output, num_rows, num_vectors, widt
             count = min(4, R - first)
             at_once = max(1, SUMS // 4)
             whole = builder.and_(arguments[4], _INT(-at_once))
-            dots = _Dots(first, count, W, ahead if first == 0 else 0, signature.args[1].dtype)
-            dots.emit(builder, _Operands(*data), _Operands(*strides), _INT(0), whole, at_once)
-            dots.emit(builder, _Operands(*data), _Operands(*strides), whole, arguments[4], 1)
+            dots = _Dots(first, count, W, signature.args[1].dtype)
+            dots.emit(builder, _Operands(*data), _Operands(*strides), (_INT(0), whole), at_once, arguments[6])
+            dots.emit(builder, _Operands(*data), _Operands(*strides), (whole, arguments[4]), 1, arguments[6])
         return context.get_dummy_value()
 
     return signature, generate
@@ -210,10 +210,10 @@ class _Dots:
     first_row: int
     num_rows: int
     width: int
-    ahead: int
     dtype: Any
 
-    def emit(self, builder: Any, data: _Operands, strides: _Operands, start: Any, end: Any, at_once: int) -> None:
+    def emit(self, builder: Any, data: _Operands, strides: _Operands, bounds: Any, at_once: int, ahead: Any) -> None:
+        start, end = bounds
         before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
         builder.cbranch(builder.icmp_signed("<", start, end), loop, after)
         builder.position_at_end(loop)
@@ -228,9 +228,9 @@ class _Dots:
         element_bytes = self.dtype.bitwidth // 8
         sums: list[Any] = [None] * (self.num_rows * at_once)
         for lanes, (first, *_) in _tiles(range(self.width), self.width, 1):
-            if self.ahead:
+            if self.first_row == 0:
                 for vector in vectors:
-                    _fetch(builder, vector, self.ahead, {first.element * element_bytes})
+                    _fetch(builder, vector, ahead, {first.element * element_bytes})
             numbers = [_numbers(builder, vector, first, lanes, 0, self.dtype) for vector in vectors]
             for r, row in enumerate(own):
                 weights = _numbers(builder, row, first, lanes, 0, types.float32)

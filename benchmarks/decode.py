@@ -187,7 +187,8 @@ def markdown(found: dict[str, Any]) -> str:
         "# One decoded token on a CPU",
         "",
         f"Made by `benchmarks/decode.py` on {found['machine']}, commit {found['commit']}: {found['num_tokens']:,} "
-        f"tokens, {found['threads']} thread(s), medians and quartiles of {found['clock']} over {found['rounds']} rounds of all methods in turn.",
+        f"tokens, {found['threads']} thread(s), medians and quartiles of {found['clock']} over {found['rounds']} rounds "
+        "of all methods in turn.",
         "",
         "One layer's attention, 32/8 heads of 128:",
         "",

@@ -32,7 +32,7 @@ def attend_codes(
     codes: key_codes [B,G,U,D,·] with key_scale and key_zero [B,G,U,D], value_codes [B,G,U,T,·] with value_scale and
     value_zero [B,G,U,T,C]. units: int64 [B,G,K] to read, without probs; None for all. backend: "torch" or "numba".
     """
-    if choose_for_newest("attend_codes", query, codes["key_codes"], backend) == "numba":
+    if choose_for_newest("attend_codes", codes["key_codes"], backend) == "numba":
         return _by_numba(query, codes, bits, visible, scale, softcap, with_probs, units)
     return define_attend_codes(query, codes, bits, visible, scale, softcap, with_probs, units)
 

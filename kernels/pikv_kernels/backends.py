@@ -29,6 +29,7 @@ except ImportError:  # no wheels for this platform: the decorated functions are 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 BACKENDS = ("torch", "triton")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
+LEAST_NUMBERS = 2**15  # stored keys from which numba's kernels are faster; calling one takes 40 µs
 
 
 class Choice(NamedTuple):
@@ -41,7 +42,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-_choices: dict[tuple[str, str, torch.dtype, str | None], Choice] = {}
+_choices: dict[tuple[Any, ...], Choice] = {}
 _newest_forced: str | None = None
 
 
@@ -57,15 +58,16 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
     return _choices[key].backend
 
 
-def choose_for_newest(op: str, query: torch.Tensor, stored: torch.Tensor, backend: str | None = None) -> str:
-    """Return "numba" or "torch" for the attention of one new token, query [B,G,R,D], over what is stored.
+def choose_for_newest(op: str, stored: torch.Tensor, backend: str | None = None) -> str:
+    """Return "numba" or "torch" for the attention of one new token over `stored` keys or what stands for them.
 
     Raises ValueError where the forced backend cannot run there.
     """
     backend = backend or _newest_forced
-    key = (op, stored.device.type, stored.dtype, backend)
+    is_small = stored.numel() < LEAST_NUMBERS
+    key = (op, stored.device.type, stored.dtype, backend, is_small)
     if key not in _choices:
-        chosen, reason = _decide_newest(stored, backend)
+        chosen, reason = _decide_newest(stored, backend, is_small)
         _choices[key] = Choice(op, stored.device.type, str(stored.dtype).removeprefix("torch."), chosen, reason)
     return _choices[key].backend
 
@@ -104,7 +106,7 @@ def _decide(device: str, backend: str | None) -> tuple[str, str]:
     return "triton", "a GPU and triton are there"
 
 
-def _decide_newest(stored: torch.Tensor, backend: str | None) -> tuple[str, str]:
+def _decide_newest(stored: torch.Tensor, backend: str | None, is_small: bool) -> tuple[str, str]:
     if backend not in (None, "torch", "numba"):
         raise ValueError(f"backend '{backend}' does not attend with one new token, known: torch, numba")
     reason = None
@@ -112,8 +114,10 @@ def _decide_newest(stored: torch.Tensor, backend: str | None) -> tuple[str, str]
         reason = f"no kernel for device '{stored.device.type}'"
     elif stored.dtype not in CPU_DTYPES:
         reason = f"no kernel for {str(stored.dtype).removeprefix('torch.')}"
-    if backend == "torch" or (backend is None and reason):
-        return "torch", reason or "forced"
+    if backend == "torch":
+        return backend, "forced"
+    if backend is None and (reason or is_small):
+        return "torch", reason or "too few tokens for a kernel to pay"
     if reason:
         raise ValueError(f"backend 'numba': {reason}")
     return "numba", "forced" if backend else "a CPU and one new token"

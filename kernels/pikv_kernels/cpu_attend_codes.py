@@ -33,7 +33,8 @@ def make_kernel(R: int, D: int, V: int, C: int, T: int, bits: int) -> Callable[.
         factor = np.float32(scale * LOG2E)
         scaled, logits = np.empty((R, D), np.float32), np.empty((R, T), np.float32)
         weights, zeros = np.empty((C * R, T), np.float32), np.empty((R, C), np.float32)
-        group_scale, group_zero = np.empty(T * C, np.float32), np.empty(T * C, np.float32)
+        dealt = np.empty((2, T * C), np.float32)
+        group_scale, group_zero = np.empty((C, T), np.float32), np.empty((C, T), np.float32)
         for n in range(first_head, end_head):
             own, most, sums = output[n], highest[n], total[n]
             own[:] = np.float32(0)
@@ -63,14 +64,17 @@ def make_kernel(R: int, D: int, V: int, C: int, T: int, bits: int) -> Callable[.
                 of_scale, of_zero = value_scale[n, u], value_zero[n, u]
                 for i in range(T * C):
                     step = from_half(of_scale[i])
-                    group_scale[i] = step
-                    group_zero[i] = from_half(of_zero[i]) + MIDDLE * step
+                    dealt[0, i] = step
+                    dealt[1, i] = from_half(of_zero[i]) + MIDDLE * step
                 for c in range(C):
+                    for i in range(T):
+                        group_scale[c, i] = dealt[0, i * C + c]
+                        group_zero[c, i] = dealt[1, i * C + c]
                     for r in range(R):
                         row, target, added = logits[r], weights[c * R + r], np.float32(0)
                         for i in range(T):
-                            target[i] = row[i] * group_scale[i * C + c]
-                            added += row[i] * group_zero[i * C + c]
+                            target[i] = row[i] * group_scale[c, i]
+                            added += row[i] * group_zero[c, i]
                         zeros[r, c] += added
                 add_product(weights, value_codes[n, u], own, R, T, V, C, bits, to_next * VALUE_BYTES)
             for r in range(R):

@@ -37,18 +37,27 @@ def compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @inlined
-def exp2(x):
-    """Return 2^x of x up to 0, to within 1e-7; numba has no vectorised one of its own."""
+def power(x):
+    """Return 2^n and 2^(x-n) - 1 of x up to 0, n the whole number next to it; numba has no vectorised power.
+
+    The polynomial is a least-maximum fit of its own on [-0.5,0.5], to within 9.2e-8 of 2^x.
+    """
     x = max(x, np.float32(-126.0))
     whole = np.int32(x - np.float32(0.5))
     f = x - np.float32(whole)
-    p = np.float32(1.3390863e-3)
-    p = p * f + np.float32(9.6178371e-3)
-    p = p * f + np.float32(5.5503324e-2)
-    p = p * f + np.float32(2.4022651e-1)
-    p = p * f + np.float32(6.9314718e-1)
-    p = p * f + np.float32(1.0)
-    return np.int32((whole + np.int32(127)) << np.int32(23)).view(np.float32) * p
+    p = np.float32(0.0013264729)
+    p = p * f + np.float32(0.009671513)
+    p = p * f + np.float32(0.0555073374)
+    p = p * f + np.float32(0.240222421)
+    p = p * f + np.float32(0.693146978)
+    return np.int32((whole + np.int32(127)) << np.int32(23)).view(np.float32), p * f
+
+
+@inlined
+def exp2(x):
+    """Return 2^x of x up to 0."""
+    scale, rest = power(x)
+    return scale + scale * rest
 
 
 @inlined
@@ -74,9 +83,10 @@ def cap(logits, R, num_tokens, softcap):
     for r in range(R):
         row = logits[r]
         for i in range(num_tokens):
-            x = row[i] / softcap  # over log2(e): of tanh's argument; tanh is had from a power up to 1
-            power = exp2(np.float32(-2) * abs(x))
-            tanh = (np.float32(1) - power) / (np.float32(1) + power)
+            x = row[i] / softcap  # log2(e) times the argument of tanh, which is (1 - 4^-x) / (1 + 4^-x)
+            scale, rest = power(np.float32(-2) * abs(x))
+            less_one = (scale - np.float32(1)) + scale * rest  # exact where the power is near 1
+            tanh = -less_one / (np.float32(2) + less_one)
             row[i] = np.float32(LOG2E) * softcap * (tanh if x >= 0 else -tanh)
 
 

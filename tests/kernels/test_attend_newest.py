@@ -7,6 +7,7 @@ from pikv_kernels import backends
 from pikv_kernels.attend_codes import attend_codes, decode, define_attend_codes
 from pikv_kernels.attend_tokens import attend_pages, attend_tokens
 from pikv_kernels.pack_bits import pack
+from pikv_kernels.page_scores import page_scores
 from pikv_kernels.quantize_kv import quantize
 
 SHAPES = [(1, 64), (4, 128), (8, 96), (3, 80), (5, 20), (1, 256)]  # query rows of a group, head dim
@@ -162,9 +163,10 @@ def test_heads_spread_over_threads_are_the_same(monkeypatch):
 
 
 def test_the_choice_is_told_and_forced():
-    keys, values = random_tokens(65, 64)
+    keys, values = random_tokens(backends.LEAST_NUMBERS // 128, 64)
     query = torch.randn(1, 2, 4, 64)
     by_default = attend_tokens(query, keys, values, None, 0.3)
+    attend_tokens(query, keys[:, :, 1:], values[:, :, 1:], None, 0.3)
     with backends.forced("torch"):
         plain = attend_tokens(query, keys, values, None, 0.3)
     with pytest.raises(ValueError, match="float16"):
@@ -172,13 +174,31 @@ def test_the_choice_is_told_and_forced():
     attend_tokens(query.half(), keys.half(), values.half(), None, 0.3)
     with pytest.raises(ValueError, match="triton"):
         attend_tokens(query, keys, values, None, 0.3, backend="triton")
-    told = {(choice.dtype, choice.backend, choice.reason) for choice in backends.backend_report()}
+    told = {
+        (choice.dtype, choice.backend, choice.reason)
+        for choice in backends.backend_report()
+        if choice.op == "attend_tokens"
+    }
     assert told >= {
         ("float32", "numba", "a CPU and one new token"),
+        ("float32", "torch", "too few tokens for a kernel to pay"),
         ("float32", "torch", "forced"),
         ("float16", "torch", "no kernel for float16"),
     }
     torch.testing.assert_close(by_default.output, plain.output, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_page_scores_equal_their_definition(dtype):
+    keys = roomy(random_tokens(16 * 37, 80, B=2)[0].to(dtype).unflatten(2, (-1, 16)).flatten(3), 3)
+    lowest, highest = (f(keys.unflatten(3, (16, 80)), dim=3) for f in (torch.amin, torch.amax))
+    query = torch.randn(2, 2, 4, 80, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = page_scores(query, lowest, highest, "numba")
+    expected = torch.maximum(
+        query.double()[:, :, :, None] * highest.double()[:, :, None],
+        query.double()[:, :, :, None] * lowest.double()[:, :, None],
+    )
+    assert (found - expected.sum((2, 4))).abs().max() < (1e-4 if dtype is torch.float32 else 0.5)
 
 
 def test_the_definition_gives_what_the_kernel_gives():

@@ -2,9 +2,10 @@
 
     python benchmarks/decode.py [--tokens 32768] [--rounds 5] [--threads 1] [--out benchmarks/results]
 
-Attention: one layer of 32/8 heads of 128 over random tokens, against torch's SDPA in float32 with the query group
-folded into query rows. Model: a random llama of 4 layers, hidden 1024, 32/8 heads of 128 in float32, its cache filled
-with random keys and values; against transformers' DynamicCache under SDPA, and our own full cache by folded SDPA.
+Attention: one layer of 32/8 heads of 128 over half and over twice as many random tokens, against torch's SDPA in
+float32 with the query group folded into query rows. Model: a random llama of 4 layers, hidden 1024, 32/8 heads of 128
+in float32, its cache filled with random keys and values; against transformers' DynamicCache under SDPA, and our own
+full cache by folded SDPA.
 All methods in turn in every round; medians, in processor time on one thread, else in wall time. Writes decode.json and
 decode.md.
 """
@@ -24,6 +25,7 @@ from peers.report import commit, machine
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from pikv_core.cache import PiKVCache
+from pikv_core.cache.page_bounds import PageBounds
 from pikv_core.compression.int4 import Int4
 from pikv_core.compression.int8 import Int8
 from pikv_core.compression.none import Plain
@@ -31,6 +33,7 @@ from pikv_core.files import write_json
 from pikv_core.runs import versions
 from pikv_kernels.attend_tokens import attend_tokens
 from pikv_kernels.backends import backend_report, forced
+from pikv_kernels.page_scores import page_scores
 
 G, R, D = 8, 4, 128
 PAGE_TOKENS, PAGES = 16, 64
@@ -66,7 +69,11 @@ def main() -> None:
             "clock": "processor time" if arguments.threads == 1 else "wall time",
             "rounds": arguments.rounds,
             "num_tokens": arguments.tokens,
-            "attention": attention_rows(arguments.tokens, arguments.rounds, clock),
+            "attention": [
+                row
+                for num_tokens in (arguments.tokens // 2, 2 * arguments.tokens)
+                for row in attention_rows(num_tokens, arguments.rounds, clock)
+            ],
             "model": model_rows(arguments.tokens, arguments.rounds, clock),
             "backends": [choice._asdict() for choice in backend_report()],
         }
@@ -82,7 +89,8 @@ def attention_rows(num_tokens: int, rounds: int, clock: Callable[[], float]) -> 
     position = torch.arange(num_tokens).expand(1, G, -1)
     scale = D**-0.5
     low = keys.bfloat16(), values.bfloat16()
-    pages = torch.rand(1, G, num_tokens // PAGE_TOKENS).argsort(-1)[..., :PAGES].contiguous()
+    bounds = PageBounds(PAGE_TOKENS)
+    bounds.append(keys, None)
     plain = Plain()
     runs: dict[str, Callable[[], Any]] = {
         "SDPA, folded": lambda: F.scaled_dot_product_attention(query, keys, values, scale=scale),
@@ -96,13 +104,17 @@ def attention_rows(num_tokens: int, rounds: int, clock: Callable[[], float]) -> 
             query, codes, at, None, scale, None, False
         )
     stored = {"keys": keys, "values": values}
-    runs[f"{PAGES} pages of {PAGE_TOKENS}, picked"] = lambda: plain.attend_pages(
-        query, stored, pages, PAGE_TOKENS, None, scale, None
-    )
+
+    def quest() -> Any:
+        pages = page_scores(query, bounds.lowest, bounds.highest, "numba").topk(PAGES).indices
+        return plain.attend_pages(query, stored, pages, PAGE_TOKENS, None, scale, None)
+
+    runs[f"quest, {PAGES} pages of {PAGE_TOKENS}"] = quest
     times = in_turn(runs, rounds, 3, clock)
     peer = statistics.median(times["SDPA, folded"])
     return [
-        {"method": name, **spread(seen), "times_faster": peer / statistics.median(seen)} for name, seen in times.items()
+        {"num_tokens": num_tokens, "method": name, **spread(seen), "times_faster": peer / statistics.median(seen)}
+        for name, seen in times.items()
     ]
 
 
@@ -186,17 +198,20 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         "# One decoded token on a CPU",
         "",
-        f"Made by `benchmarks/decode.py` on {found['machine']}, commit {found['commit']}: {found['num_tokens']:,} "
-        f"tokens, {found['threads']} thread(s), medians and quartiles of {found['clock']} over {found['rounds']} rounds "
+        f"Made by `benchmarks/decode.py` on {found['machine']}, commit {found['commit'][:12]}: {found['num_tokens']:,} "
+        f"tokens, {found['threads']} thread(s), medians and quartiles of {found['clock']} in {found['rounds']} rounds "
         "of all methods in turn.",
         "",
         "One layer's attention, 32/8 heads of 128:",
         "",
-        "| over | ms | quartiles | times as fast as folded SDPA |",
-        "|---|---|---|---|",
+        "| tokens | over | ms | quartiles | times as fast as folded SDPA |",
+        "|---|---|---|---|---|",
     ]
     for row in found["attention"]:
-        lines.append(f"| {row['method']} | {row['ms']:.2f} | {_quartiles(row)} | {row['times_faster']:.1f} |")
+        lines.append(
+            f"| {row['num_tokens']:,} | {row['method']} | {row['ms']:.2f} | {_quartiles(row)} | "
+            f"{row['times_faster']:.1f} |"
+        )
     lines += [
         "",
         "A random llama of 4 layers, hidden 1024, 32/8 heads of 128, float32:",

@@ -60,13 +60,11 @@ def by_head(x: torch.Tensor) -> np.ndarray:
     """
     B, G, S = x.shape[:3]
     inner = math.prod(x.shape[3:])
-    room = x.stride(1) // inner if G > 1 else x.stride(0) // inner if B > 1 else S
-    flat = (B * G, max(room, S), *x.shape[3:])
-    strides = (flat[1] * inner, inner, *x.stride()[3:])
-    fits = x.storage_offset() + math.prod(flat) <= x.untyped_storage().nbytes() // x.itemsize
-    ordered = x.stride() == (G * strides[0], *strides) or (1 in (B, G) and x[0, 0].is_contiguous() and room >= S)
-    if fits and ordered and x[0, 0].is_contiguous():
-        x = x.as_strided(flat, strides)
+    head = x.stride(1) if G > 1 else x.stride(0) if B > 1 else S * inner
+    is_dense = x[0, 0].is_contiguous() and (1 in (B, G) or x.stride(0) == G * head)
+    is_buffer = is_dense and head % inner == 0 and head >= S * inner
+    if is_buffer and x.storage_offset() + B * G * head <= x.untyped_storage().nbytes() // x.itemsize:
+        x = x.as_strided((B * G, head // inner, *x.shape[3:]), (head, inner, *x.stride()[3:]))
     else:
         x = x.contiguous().view(B * G, *x.shape[2:])
     return (x.view(torch.uint16) if x.dtype in (torch.float16, torch.bfloat16) else x).numpy()

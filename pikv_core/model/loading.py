@@ -56,6 +56,16 @@ class LoadedModel:
         """Name what computes attention, where, and in which precision."""
         return f"torch on {self.model.device.type}, {str(self.model.dtype).removeprefix('torch.')}"
 
+    @property
+    def backends(self) -> dict[str, str]:
+        """Name what computes attention, and which implementation of each operation has run so far, and why."""
+        from pikv_kernels.backends import backend_report
+
+        ran: dict[str, list[str]] = {}
+        for op, device, dtype, backend, reason in backend_report():
+            ran.setdefault(op, []).append(f"{backend} for {dtype} on {device}: {reason}")
+        return {"attention": self.backend, **{op: "; ".join(choices) for op, choices in ran.items()}}
+
 
 def prepare(recipe: Recipe) -> torch.device:
     """Set threads and seed as the recipe says, and return its device."""

@@ -6,6 +6,7 @@ import torch
 from pikv_kernels import backends
 from pikv_kernels.attend_codes import attend_codes, decode, define_attend_codes
 from pikv_kernels.attend_tokens import attend_pages, attend_tokens
+from pikv_kernels.cpu_heads import by_head
 from pikv_kernels.pack_bits import pack
 from pikv_kernels.page_scores import page_scores
 from pikv_kernels.quantize_kv import quantize
@@ -207,3 +208,27 @@ def test_the_definition_gives_what_the_kernel_gives():
     found = attend_codes(query, codes, 8, None, 0.3, None, True, backend="numba")
     for one, two in zip(found, define_attend_codes(query, codes, 8, None, 0.3, None, True)):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
+def test_any_layout_is_the_array_it_stands_for():
+    base = torch.arange(2 * 3 * 8 * 10, dtype=torch.float32).view(2, 3, 8, 10)
+    layouts = {
+        "dense": base,
+        "start of a buffer": base[:, :, :5],
+        "end of a buffer": base[:, :, 5:],
+        "one row": base[1:, :, :5],
+        "one head": base[:, 1:2, :5],
+        "heads apart": base[:, ::2, :5],
+        "rows and heads swapped": base.transpose(0, 1)[:, :, :5],
+        "channels of more": base[..., :4],
+        "channels apart": base[..., ::2],
+        "one row for all": base[:1].expand(4, -1, -1, -1),
+        "one head for all": base[:, :1].expand(-1, 4, -1, -1),
+        "heads at odd places": base.flatten()[: 3 * 47].view(1, 3, 47)[..., :40].unflatten(-1, (4, 10)),
+        "nothing": base[:, :, :0],
+    }
+    for name, x in layouts.items():
+        found = by_head(x)
+        assert found.flags.c_contiguous, name
+        assert (found[:, : x.shape[2]] == x.flatten(0, 1).numpy()).all(), name
+    assert by_head(base[:, :, :5]).base is not None and by_head(base[:, :, :5]).shape == (6, 8, 10)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pikv_core.cache import PiKVCache
+from pikv_core.cache.attention import chosen_kernels
 from pikv_core.errors import PiKVError
 from pikv_core.runs import Reporter, find_model
 from pikv_core.schema import Recipe
@@ -59,12 +60,7 @@ class LoadedModel:
     @property
     def backends(self) -> dict[str, str]:
         """Name what computes attention, and which implementation of each operation has run so far, and why."""
-        from pikv_kernels.backends import backend_report
-
-        ran: dict[str, list[str]] = {}
-        for op, device, dtype, backend, reason in backend_report():
-            ran.setdefault(op, []).append(f"{backend} for {dtype} on {device}: {reason}")
-        return {"attention": self.backend, **{op: "; ".join(choices) for op, choices in ran.items()}}
+        return {"attention": self.backend, **chosen_kernels()}
 
 
 def prepare(recipe: Recipe) -> torch.device:

@@ -106,7 +106,7 @@ def attention_rows(num_tokens: int, rounds: int, clock: Callable[[], float]) -> 
     stored = {"keys": keys, "values": values}
 
     def quest() -> Any:
-        pages = page_scores(query, bounds.lowest, bounds.highest, "numba").topk(PAGES).indices
+        pages = page_scores(query, bounds.lowest, bounds.highest, "numba").topk(min(PAGES, bounds.num_pages)).indices
         return plain.attend_pages(query, stored, pages, PAGE_TOKENS, None, scale, None)
 
     runs[f"quest, {PAGES} pages of {PAGE_TOKENS}"] = quest

@@ -6,7 +6,7 @@ D channels of a key, V of a value, C groups of these.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -32,7 +32,7 @@ def attend_codes(
     codes: key_codes [B,G,U,D,·] with key_scale and key_zero [B,G,U,D], value_codes [B,G,U,T,·] with value_scale and
     value_zero [B,G,U,T,C]. units: int64 [B,G,K] to read, without probs; None for all. backend: "torch" or "numba".
     """
-    if choose_for_newest("attend_codes", codes["key_codes"], backend) == "numba":
+    if choose_for_newest("attend_codes", query, codes["key_codes"], backend) == "numba":
         return _by_numba(query, codes, bits, visible, scale, softcap, with_probs, units)
     return define_attend_codes(query, codes, bits, visible, scale, softcap, with_probs, units)
 
@@ -51,15 +51,15 @@ def define_attend_codes(
     T = codes["value_codes"].shape[3]
     if units is not None:
         assert not with_probs
-        at = units.clone()
-        codes = {
-            name: x.gather(2, at.view(*at.shape, *[1] * (x.dim() - 3)).expand(*at.shape, *x.shape[3:]))
-            for name, x in codes.items()
-        }
+        codes = {name: x.gather(2, _index(units, x.shape[3:])) for name, x in codes.items()}
         if visible is not None:
-            by_unit = visible.unflatten(-1, (-1, T)).expand(-1, units.shape[1], -1, -1, -1)
-            visible = by_unit.gather(3, at[:, :, None, :, None].expand(*at.shape[:2], 1, -1, T)).flatten(3)
+            by_unit = visible[:, :, 0].unflatten(-1, (-1, T)).expand(-1, units.shape[1], -1, -1)
+            visible = by_unit.gather(2, _index(units, (T,))).flatten(2)[:, :, None]
     return partial_attention(query, *decode(codes, bits, query.dtype), visible, scale, softcap, with_probs)
+
+
+def _index(units: torch.Tensor, inner: Sequence[int]) -> torch.Tensor:
+    return units.view(*units.shape, *[1] * len(inner)).expand(*units.shape, *inner)
 
 
 def decode(codes: Mapping[str, torch.Tensor], bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

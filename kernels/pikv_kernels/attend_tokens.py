@@ -29,7 +29,7 @@ def attend_tokens(
 
     backend: "torch" or "numba".
     """
-    if choose_for_newest("attend_tokens", keys, backend) == "numba":
+    if choose_for_newest("attend_tokens", query, keys, backend) == "numba":
         return attend_pages(query, keys, values, None, BLOCK_TOKENS, visible, scale, softcap, with_probs)
     return partial_attention(query, keys, values, visible, scale, softcap, with_probs)
 
@@ -38,7 +38,7 @@ def attend_alone(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
     """Do as `attend_tokens` does where only the output is wanted, and every row sees a token; by torch, as SDPA."""
-    if choose_for_newest("attend_tokens", keys) == "numba":
+    if choose_for_newest("attend_tokens", query, keys) == "numba":
         return attend_pages(query, keys, values, None, BLOCK_TOKENS, visible, scale, None).output
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scale)
 

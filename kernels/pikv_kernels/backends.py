@@ -58,16 +58,17 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
     return _choices[key].backend
 
 
-def choose_for_newest(op: str, stored: torch.Tensor, backend: str | None = None) -> str:
-    """Return "numba" or "torch" for the attention of one new token over `stored` keys or what stands for them.
+def choose_for_newest(op: str, query: torch.Tensor, stored: torch.Tensor, backend: str | None = None) -> str:
+    """Return "numba" or "torch" for the query of one new token over `stored` keys or what stands for them.
 
     Raises ValueError where the forced backend cannot run there.
     """
     backend = backend or _newest_forced
     is_small = stored.numel() < LEAST_NUMBERS
-    key = (op, stored.device.type, stored.dtype, backend, is_small)
+    learns = torch.is_grad_enabled() and (query.requires_grad or stored.requires_grad)
+    key = (op, stored.device.type, stored.dtype, backend, is_small, learns)
     if key not in _choices:
-        chosen, reason = _decide_newest(stored, backend, is_small)
+        chosen, reason = _decide_newest(stored, backend, is_small, learns)
         _choices[key] = Choice(op, stored.device.type, str(stored.dtype).removeprefix("torch."), chosen, reason)
     return _choices[key].backend
 
@@ -106,7 +107,7 @@ def _decide(device: str, backend: str | None) -> tuple[str, str]:
     return "triton", "a GPU and triton are there"
 
 
-def _decide_newest(stored: torch.Tensor, backend: str | None, is_small: bool) -> tuple[str, str]:
+def _decide_newest(stored: torch.Tensor, backend: str | None, is_small: bool, learns: bool) -> tuple[str, str]:
     if backend not in (None, "torch", "numba"):
         raise ValueError(f"backend '{backend}' does not attend with one new token, known: torch, numba")
     reason = None
@@ -114,6 +115,8 @@ def _decide_newest(stored: torch.Tensor, backend: str | None, is_small: bool) ->
         reason = f"no kernel for device '{stored.device.type}'"
     elif stored.dtype not in CPU_DTYPES:
         reason = f"no kernel for {str(stored.dtype).removeprefix('torch.')}"
+    elif learns:
+        reason = "no kernel has gradients"
     if backend == "torch":
         return backend, "forced"
     if backend is None and (reason or is_small):

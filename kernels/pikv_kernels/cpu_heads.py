@@ -38,7 +38,7 @@ def attend_heads(
     read: int64 [B,G,K] of what is read, or None for the first `num_read`; visible: bool [B,1|G,1,S].
     """
     B, G, R, _ = query.shape
-    rows = query.float().contiguous().view(B * G, R, -1).numpy()
+    rows = query.detach().float().contiguous().view(B * G, R, -1).numpy()
     pages = ALL_READ if read is None else read.contiguous().view(B * G, -1).numpy()
     seen, heads_of_seen = ALL_SEEN, 1
     if visible is not None:
@@ -58,6 +58,7 @@ def by_head(x: torch.Tensor) -> np.ndarray:
 
     What does not lie like the start of a buffer [B,G,·,...] is copied.
     """
+    x = x.detach()
     B, G, S = x.shape[:3]
     inner = math.prod(x.shape[3:])
     head = x.stride(1) if G > 1 else x.stride(0) if B > 1 else S * inner

@@ -21,7 +21,7 @@ def page_scores(
     """
     positive = query.clamp(min=0).sum(dim=2, keepdim=True)
     negative = query.clamp(max=0).sum(dim=2, keepdim=True)
-    if choose_for_newest("page_scores", lowest, backend) == "numba":
+    if choose_for_newest("page_scores", query, lowest, backend) == "numba":
         return _by_numba(positive, negative, lowest, highest)
     score = torch.matmul(positive, highest.transpose(-1, -2)) + torch.matmul(negative, lowest.transpose(-1, -2))
     return score[:, :, 0]

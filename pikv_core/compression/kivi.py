@@ -52,7 +52,7 @@ class Kivi(Codec):
         from pikv_kernels.attend_codes import attend_codes
         from pikv_kernels.backends import choose_for_newest
 
-        if sees_alike(query, visible) and choose_for_newest("attend_codes", encoded["key_codes"]) == "numba":
+        if sees_alike(query, visible) and choose_for_newest("attend_codes", query, encoded["key_codes"]) == "numba":
             return attend_codes(query, encoded, self.bits, visible, scale, softcap, with_probs)
         return super().attend(query, encoded, position, visible, scale, softcap, with_probs)
 
@@ -71,7 +71,7 @@ class Kivi(Codec):
         from pikv_kernels.attend_codes import attend_codes
         from pikv_kernels.backends import choose_for_newest
 
-        if choose_for_newest("attend_codes", encoded["key_codes"]) == "torch":
+        if choose_for_newest("attend_codes", query, encoded["key_codes"]) == "torch":
             return None
         per_page = page_tokens // self.group
         units = (pages[..., None] * per_page + torch.arange(per_page)).flatten(2)

@@ -65,6 +65,6 @@ class Plain(Codec):
         from pikv_kernels.backends import choose_for_newest
 
         keys, values = encoded["keys"], encoded["values"]
-        if choose_for_newest("attend_pages", keys) == "torch":
+        if choose_for_newest("attend_pages", query, keys) == "torch":
             return None
         return attend_pages(query, keys, values, pages, page_tokens, visible, scale, softcap)

@@ -5,7 +5,7 @@ import torch
 
 from pikv_kernels import backends
 from pikv_kernels.attend_codes import attend_codes, decode, define_attend_codes
-from pikv_kernels.attend_tokens import attend_pages, attend_tokens
+from pikv_kernels.attend_tokens import attend_alone, attend_pages, attend_tokens
 from pikv_kernels.cpu_heads import by_head
 from pikv_kernels.pack_bits import pack
 from pikv_kernels.page_scores import page_scores
@@ -187,6 +187,18 @@ def test_the_choice_is_told_and_forced():
         ("float16", "torch", "no kernel for float16"),
     }
     torch.testing.assert_close(by_default.output, plain.output, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_are_torchs():
+    keys, values = random_tokens(1000, 64)
+    query = torch.randn(1, 2, 4, 64, requires_grad=True)
+    attend_alone(query, keys, values, None, 0.3).sum().backward()
+    assert query.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="gradients"):
+        attend_tokens(query, keys, values, None, 0.3, backend="numba")
+    with torch.no_grad():
+        found = attend_tokens(query, keys, values, None, 0.3, backend="numba")
+    assert_equal(found, expect(query.detach(), keys, values, None, 0.3), False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -38,18 +38,20 @@ def attend_heads(
     read: int64 [B,G,K] of what is read, or None for the first `num_read`; visible: bool [B,1|G,1,S].
     """
     B, G, R, _ = query.shape
-    rows = query.detach().float().contiguous().view(B * G, R, -1).numpy()
+    exact = query.detach().float().contiguous()
+    rows = exact.view(B * G, R, -1).numpy()
     pages = ALL_READ if read is None else read.contiguous().view(B * G, -1).numpy()
     seen, heads_of_seen = ALL_SEEN, 1
     if visible is not None:
         seen, heads_of_seen = visible.flatten(0, 2).contiguous().numpy(), G // visible.shape[1]
-    output = torch.empty(B, G, R, value_channels)
-    limits = torch.empty(2, B, G, R)
-    probs = torch.empty(B, G, R, num_tokens) if with_probs else None
+    output = exact.new_empty(B, G, R, value_channels)
+    limits = exact.new_empty(2, B, G, R)
+    probs = exact.new_empty(B, G, R, num_tokens) if with_probs else None
     flat = NO_PROBS if probs is None else probs.view(B * G, R, num_tokens).numpy()
     out, (highest, total) = output.view(B * G, R, -1).numpy(), limits.view(2, B * G, R).numpy()
     own = (pages, num_read, seen, heads_of_seen, float(scale), float(softcap or 0), out, highest, total, flat)
     over_heads(lambda first, end: kernel(rows, *stored, *own, first, end), B * G)
+    output += exact.sum(-1, keepdim=True) * 0.0  # NaN for a query that is not finite, which kernels do not look for
     return Partial(output.to(query.dtype), (limits[0] + limits[1].log2()) * LN2, probs)
 
 

@@ -35,7 +35,7 @@ def _by_numba(
 
     B, G, P, D = lowest.shape
     kernel = make_kernel(D)
-    scores = torch.empty(B, G, 1, P)
+    scores = torch.empty(B, G, 1, P, dtype=torch.float32, device=lowest.device)
     arrays = [by_head(x) for x in (positive.float(), negative.float(), lowest, highest, scores)]
     over_heads(lambda first, end: kernel(*arrays[:4], P, arrays[4], first, end), B * G)
     return scores[:, :, 0]

@@ -152,6 +152,17 @@ def test_extreme_logits_lose_nothing():
     assert (plain.output - expected[0]).abs().max() < 5e-3
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_queries_that_are_not_finite_give_nan(bad):
+    query = torch.randn(1, 2, 4, 64, generator=torch.Generator().manual_seed(1))
+    query[0, 1, 2, 3] = bad
+    over_tokens = attend_tokens(query, *random_tokens(200, 64), None, 0.3, backend="numba")
+    over_codes = attend_codes(query, random_codes(3, 64, 64, 64, 8), 8, None, 0.3, backend="numba")
+    for found in (over_tokens.output, over_codes.output):
+        assert found[0, 1, 2].isnan().all()
+        assert found[0, 0].isfinite().all() and found[0, 1, :2].isfinite().all() and found[0, 1, 3].isfinite().all()
+
+
 def test_heads_spread_over_threads_are_the_same(monkeypatch):
     keys, values = random_tokens(200, 64, B=3)
     query = torch.randn(3, 2, 4, 64, generator=torch.Generator().manual_seed(1))

@@ -32,7 +32,7 @@ def partial_attention(
     softcap: float | None = None,
     with_probs: bool = False,
 ) -> Partial:
-    """Attend query [B,G,N,D] over keys and values [B,G,S,D]; `visible` bool [B,1|G,N,S], None for all."""
+    """Attend query [B,G,N,D] over keys and values [B,G,S,D]; `visible` bool [B,1|G,1|N,S], None for all."""
     logits = torch.matmul(query.float() * scale, keys.float().transpose(-1, -2))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -44,13 +44,6 @@ def partial_attention(
     lse = (highest + total.log())[..., 0]
     probs.div_(total.clamp(min=torch.finfo(torch.float32).tiny))
     return Partial(torch.matmul(probs.to(values.dtype), values), lse, probs if with_probs else None)
-
-
-def plain_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    """Attend as `partial_attention` does where only the output [B,G,N,D] is wanted and every row sees a token."""
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=visible, scale=scale)
 
 
 def causal_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:

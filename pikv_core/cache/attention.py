@@ -16,6 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from pikv_core.cache.layer import CacheLayer
 from pikv_core.errors import PiKVError
+from pikv_kernels.backends import backend_report
 
 ENTRY = "pikv"
 
@@ -66,6 +67,14 @@ def pikv_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = key.attend(query, scale, is_token, kwargs.get("softcap"), kwargs.get("s_aux"))
     return output.transpose(1, 2).contiguous(), None
+
+
+def chosen_kernels() -> dict[str, str]:
+    """Return which implementation of each operation has run so far in this process, and why."""
+    ran: dict[str, list[str]] = {}
+    for op, device, dtype, backend, reason in backend_report():
+        ran.setdefault(op, []).append(f"{backend} for {dtype} on {device}: {reason}")
+    return {op: "; ".join(choices) for op, choices in ran.items()}
 
 
 AttentionInterface.register(ENTRY, pikv_attention)

@@ -15,6 +15,7 @@ import torch
 
 from pikv_core.cache.chunks import attend_in_chunks
 from pikv_core.cache.eviction import evict
+from pikv_core.cache.newest import Read, attend_newest
 from pikv_core.cache.page_bounds import PageBounds
 from pikv_core.cache.recording import CHUNK_QUERIES, Recorded
 from pikv_core.cache.store import Store
@@ -166,17 +167,17 @@ class Lane:
                     watchers, position, new, T, [probs], (position[:, None, new] + 1).expand(*probs.shape[:2], -1)
                 ),
             )
-        plain = T == 1 and not special and not num_shown and not self.plan.rerotate
-        if plain and self.stores == [self.tail]:
-            store = self._read(self.tail, query, capacity)
-            masked = self.has_empty or self.plan.window is not None or store is not self.tail
-            visible = self._visible(store, position) if masked else None
-            rows = query.reshape(len(query), self.tail.position.shape[1], -1, query.shape[-1])
-            return store.attend_plainly(rows, visible, scale).reshape(query.shape)
+        if T == 1 and not self.plan.rerotate:
+            newest = [self._read(store, query, position, capacity, num_shown > 0) for store in self.stores]
+
+            def show_newest(probs: list[torch.Tensor], num_visible: torch.Tensor) -> None:
+                self._show(watchers, position, slice(0, 1), 1, probs, num_visible)
+
+            return attend_newest(query, newest, scale, softcap, sinks, show_newest if num_shown else None)
         if self.plan.rerotate:
             query, read = self._rerotated(query, position)
         else:
-            read = [self._read(x, query, capacity) if T == 1 else x.plain() for x in self.stores]
+            read = [x.plain() for x in self.stores]
         only_new = self.in_order and T == self.num_slots
 
         def visible_until(store: Store, new: slice) -> torch.Tensor:
@@ -213,7 +214,8 @@ class Lane:
             whole = mass.sum(-1) + sinks.unflatten(1, (held.shape[1], -1))
             shares = mass / whole.clamp(min=torch.finfo(mass.dtype).tiny)[..., None]
             self._show(watchers, position, new, T, [shares], visible.sum(-1).expand(*held.shape[:2], -1))
-        read = self.tail if query is None or T > 1 else self._read(self.tail, query, capacity)
+        pages = None if query is None or T > 1 else self._pages(self.tail, query, capacity)
+        read = self.tail if pages is None else self.tail.pages(pages, self.plan.page)
         return read.position.clone()  # evictions move slots in place
 
     def _show(
@@ -246,25 +248,36 @@ class Lane:
     def _visible(self, store: Store, position: torch.Tensor) -> torch.Tensor:
         """Return bool [B,1|G,T,S]: which slots the queries at `position` [B,T] may see."""
         held = store.position
-        if self.in_order and not store.is_selection:
+        if self.in_order:
             held = held[:, :1]  # the heads agree
         ahead = position[:, None, :, None] - held[:, :, None, :]
         visible = (held >= 0)[:, :, None] & (ahead >= 0)
         return visible if self.plan.window is None else visible & (ahead < self.plan.window)
 
-    def _read(self, store: Store, query: torch.Tensor, capacity: Callable[[], int]) -> Store:
+    def _read(
+        self, store: Store, query: torch.Tensor, position: torch.Tensor, capacity: Callable[[], int], shown: bool
+    ) -> Read:
         """Return what a single query reads of a store: the selector's pages of it, or all."""
+        pages = self._pages(store, query, capacity)
+        if pages is not None and shown:  # rows are of whole stores
+            store, pages = store.pages(pages, self.plan.page), None
+            return Read(store, (store.position >= 0)[:, :, None])
+        masked = self.has_empty or self.plan.window is not None
+        return Read(store, self._visible(store, position) if masked else None, pages, self.plan.page)
+
+    def _pages(self, store: Store, query: torch.Tensor, capacity: Callable[[], int]) -> torch.Tensor | None:
+        """Return the pages [B,G,K] of a store that a single query reads, None for all of it."""
         selector, bounds = self.plan.selector, self.bounds
         if selector is None or bounds is None or (self.body is not None and store is self.tail):
-            return store
+            return None
         others = self.num_slots - store.num_slots
         page = bounds.page_tokens
         num_pages = max(1, selector.num_pages(capacity(), page) - -(-others // page))
         if num_pages >= bounds.num_pages:
-            return store
+            return None
         rows = query.reshape(len(query), store.position.shape[1], -1, query.shape[-1])
         score = selector.score(rows, bounds.lowest, bounds.highest)
-        return store.pages(score.topk(num_pages, dim=-1).indices, page)
+        return score.topk(num_pages, dim=-1).indices
 
     def _rerotated(self, query: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, list[Store]]:
         """Return query and stores as if the stored tokens stood at the positions 0, 1, 2, ... of what is left."""

@@ -11,7 +11,8 @@ import torch
 
 from pikv_core.compression.base import Codec
 from pikv_core.compression.none import Plain
-from pikv_kernels.partial_attention import Partial, plain_attention
+from pikv_kernels.attend_tokens import attend_alone
+from pikv_kernels.partial_attention import Partial
 
 if TYPE_CHECKING:
     from pikv_core.cache.rotary import Rotary
@@ -30,7 +31,6 @@ class Store:
         self.codec = codec
         self.unit = codec.unit_tokens
         self.num_slots = 0
-        self.is_selection = False  # whether the heads' slots were picked one by one
         self._grain = grain_slots
         self._column_names = columns
         self._encoded: dict[str, torch.Tensor] = {}
@@ -107,7 +107,6 @@ class Store:
         """Return a store with only these pages [B,G,K] of `page_tokens` slots each, in page order of the slots."""
         assert page_tokens % self.unit == 0
         picked = Store(self.codec)
-        picked.is_selection = True
         picked._dtype = self._dtype
         per_page = page_tokens // self.unit
         picked._encoded = {name: _take_pages(x, pages, per_page) for name, x in self._encoded.items()}
@@ -127,18 +126,44 @@ class Store:
         return plain
 
     def attend(
-        self, query: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float | None, with_probs: bool
+        self, query: torch.Tensor, visible: torch.Tensor | None, scale: float, softcap: float | None, with_probs: bool
     ) -> Partial:
-        """Attend query [B,G,N,D] over the first S slots of `visible` [B,1|G,N,S]; see `partial_attention`."""
-        S = visible.shape[-1]
+        """Attend query [B,G,N,D] over the first S slots of `visible` [B,1|G,1|N,S], None for all slots held."""
+        S = self.num_slots if visible is None else visible.shape[-1]
         position = self.position[:, :, :S]
         return self.codec.attend(query, self._encoded_until(S), position, visible, scale, softcap, with_probs)
 
-    def attend_plainly(self, query: torch.Tensor, visible: torch.Tensor | None, scale: float) -> torch.Tensor:
-        """Attend with the output [B,G,N,D] alone, over tokens that are not encoded."""
-        assert isinstance(self.codec, Plain)
-        keys, values = self.decoded()
-        return plain_attention(query, keys, values, visible, scale)
+    def attend_pages(
+        self,
+        query: torch.Tensor,
+        visible: torch.Tensor | None,
+        pages: torch.Tensor,
+        page_tokens: int,
+        scale: float,
+        softcap: float | None,
+    ) -> Partial:
+        """Attend query [B,G,R,D] over pages [B,G,K] alone; they are copied where the codec cannot pick them."""
+        encoded = self._encoded_until(self.num_slots)
+        part = self.codec.attend_pages(query, encoded, pages, page_tokens, visible, scale, softcap)
+        if part is not None:
+            return part
+        picked = self.pages(pages, page_tokens)
+        return picked.attend(query, (picked.position >= 0)[:, :, None], scale, softcap, False)
+
+    def attend_alone(
+        self,
+        query: torch.Tensor,
+        visible: torch.Tensor | None,
+        pages: torch.Tensor | None,
+        page_tokens: int,
+        scale: float,
+    ) -> torch.Tensor:
+        """Return the output [B,G,R,D] of one new token that sees some of these slots, and of no other store."""
+        if pages is not None:
+            return self.attend_pages(query, visible, pages, page_tokens, scale, None).output
+        if isinstance(self.codec, Plain):
+            return attend_alone(query, *self.decoded(), visible, scale)
+        return self.attend(query, visible, scale, None, False).output
 
     def shifted(self, rotary: Rotary, offset: torch.Tensor, layer: int) -> Store:
         """Return the same tokens decoded, their keys rotated by `offset` [B,G,S] positions."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 CHUNK_TOKENS = 1024  # decoded at a time on a CPU
+MOST_GROUP = 32  # query heads that share a key/value head
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Codec(Observer, ABC):
         softcap: float | None,
         with_probs: bool,
     ) -> Partial:
-        """Attend query [B,G,Q,D] over all encoded tokens, `visible` [B,1|G,Q,N]; see `partial_attention`.
+        """Attend query [B,G,Q,D] over all encoded tokens, `visible` [B,1|G,1|Q,N] or None; see `partial_attention`.
 
         On a CPU some units at a time, so that what is decoded stays in its caches.
         """
@@ -106,6 +107,22 @@ class Codec(Observer, ABC):
             parts.append(partial_attention(query, keys, values, seen, scale, softcap, with_probs))
         return join_partials(parts)
 
+    def attend_pages(
+        self,
+        query: torch.Tensor,
+        encoded: dict[str, torch.Tensor],
+        pages: torch.Tensor,
+        page_tokens: int,
+        visible: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Partial | None:
+        """Attend query [B,G,Q,D] of one new token over pages [B,G,K] of `page_tokens` slots, read where they lie.
+
+        visible: bool [B,1|G,1,N] of all slots. None where they have to be copied before.
+        """
+        return None
+
     def for_layer(self, layer: int, fitted: Mapping[str, torch.Tensor], rotary: Any) -> Codec:
         """Return the codec of one layer, given what `fit` found for all of them (empty where not calibrated)."""
         return self
@@ -117,3 +134,8 @@ class Codec(Observer, ABC):
     def fit(self, samples: Sequence[LayerSamples]) -> Fitted:
         """Learn from what each layer computed on calibration text."""
         raise NotImplementedError(f"codec '{self.name}' has nothing to fit")
+
+
+def sees_alike(query: torch.Tensor, visible: torch.Tensor | None) -> bool:
+    """Tell whether query [B,G,Q,D] may be one new token's heads, which see the same of a store."""
+    return query.shape[2] <= MOST_GROUP and (visible is None or visible.shape[2] == 1)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from pikv_core.compression.base import Codec
+from pikv_core.compression.base import Codec, sees_alike
 from pikv_core.compression.empty_slots import fill_empty
 from pikv_core.errors import PiKVError
 
 if TYPE_CHECKING:
     import torch
+
+    from pikv_kernels.partial_attention import Partial
 
 
 class Kivi(Codec):
@@ -36,6 +38,44 @@ class Kivi(Codec):
         self, encoded: dict[str, torch.Tensor], position: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return decode_blocks(encoded, self.bits, dtype)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        encoded: dict[str, torch.Tensor],
+        position: torch.Tensor,
+        visible: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+        with_probs: bool,
+    ) -> Partial:
+        from pikv_kernels.attend_codes import attend_codes
+        from pikv_kernels.backends import choose_for_newest
+
+        if sees_alike(query, visible) and choose_for_newest("attend_codes", query, encoded["key_codes"]) == "numba":
+            return attend_codes(query, encoded, self.bits, visible, scale, softcap, with_probs)
+        return super().attend(query, encoded, position, visible, scale, softcap, with_probs)
+
+    def attend_pages(
+        self,
+        query: torch.Tensor,
+        encoded: dict[str, torch.Tensor],
+        pages: torch.Tensor,
+        page_tokens: int,
+        visible: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Partial | None:
+        import torch
+
+        from pikv_kernels.attend_codes import attend_codes
+        from pikv_kernels.backends import choose_for_newest
+
+        if choose_for_newest("attend_codes", query, encoded["key_codes"]) == "torch":
+            return None
+        per_page = page_tokens // self.group
+        units = (pages[..., None] * per_page + torch.arange(per_page)).flatten(2)
+        return attend_codes(query, encoded, self.bits, visible, scale, softcap, units=units)
 
 
 def encode_blocks(
@@ -79,16 +119,9 @@ def encode_blocks(
 
 def decode_blocks(encoded: dict[str, torch.Tensor], bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Return keys and values [B,G,N,D] in `dtype`, given what `encode_blocks` returned."""
-    from pikv_kernels.pack_bits import unpack
-    from pikv_kernels.quantize_kv import dequantize
+    from pikv_kernels.attend_codes import decode
 
-    # Transposed as bytes, a quarter of the traffic of float32.
-    key_codes = unpack(encoded["key_codes"], bits).transpose(-1, -2).contiguous()
-    keys = dequantize(key_codes, encoded["key_scale"][..., None, :], encoded["key_zero"][..., None, :], dtype)
-    scale, zero = encoded["value_scale"], encoded["value_zero"]
-    value_codes = unpack(encoded["value_codes"], bits).unflatten(-1, (scale.shape[-1], -1))
-    values = dequantize(value_codes, scale[..., None], zero[..., None], dtype)
-    return keys.flatten(2, 3), values.flatten(-2).flatten(2, 3)
+    return decode(encoded, bits, dtype)
 
 
 def group_channels(head_dim: int, most: int) -> int:

@@ -151,7 +151,7 @@ def _finish(
         target=recipe.target,
         cheapest=Target.parse(recipe.target).cheapest(results) if recipe.target is not None else None,
     )
-    run.finish(result, {"attention": loaded.backend, "ranks": str(num_ranks)})
+    run.finish(result, {**loaded.backends, "ranks": str(num_ranks)})
     return result
 
 

@@ -107,7 +107,7 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
     if result.tokens_per_s is not None:
         run.telemetry.scalar("generate/tokens_per_s", result.tokens_per_s)
     _log_switches(events, run)
-    run.finish(result, {"attention": loaded.backend})
+    run.finish(result, loaded.backends)
     return result
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pikv_core.cache import PiKVCache
+from pikv_core.cache.attention import chosen_kernels
 from pikv_core.errors import PiKVError
 from pikv_core.runs import Reporter, find_model
 from pikv_core.schema import Recipe
@@ -55,6 +56,11 @@ class LoadedModel:
     def backend(self) -> str:
         """Name what computes attention, where, and in which precision."""
         return f"torch on {self.model.device.type}, {str(self.model.dtype).removeprefix('torch.')}"
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """Name what computes attention, and which implementation of each operation has run so far, and why."""
+        return {"attention": self.backend, **chosen_kernels()}
 
 
 def prepare(recipe: Recipe) -> torch.device:

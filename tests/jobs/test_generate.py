@@ -87,6 +87,7 @@ def test_the_report_is_of_this_run(run, tmp_path):
     assert result.full_bytes <= result.resident_bytes <= result.peak_bytes
     stored = json.loads((tmp_path / "0" / "result.json").read_text())
     assert stored["result"]["token_ids"] == result.token_ids
+    assert "torch for float32 on cpu: too few tokens" in stored["backends"]["attend_tokens"]
 
 
 def test_a_batch_of_prompts_gives_what_each_gives_alone(run, tmp_path):

@@ -1,0 +1,235 @@
+"""What one decoded token costs on a CPU: attention of one layer, and a whole model through each cache.
+
+    python benchmarks/decode.py [--tokens 32768] [--rounds 5] [--threads 1] [--out benchmarks/results]
+
+Attention: one layer of 32/8 heads of 128 over half and over twice as many random tokens, against torch's SDPA in
+float32 with the query group folded into query rows. Model: a random llama of 4 layers, hidden 1024, 32/8 heads of 128
+in float32, its cache filled with random keys and values; against transformers' DynamicCache under SDPA, and our own
+full cache by folded SDPA.
+All methods in turn in every round; medians, in processor time on one thread, else in wall time. Writes decode.json and
+decode.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peers.report import commit, machine
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from pikv_core.cache import PiKVCache
+from pikv_core.cache.page_bounds import PageBounds
+from pikv_core.compression.int4 import Int4
+from pikv_core.compression.int8 import Int8
+from pikv_core.compression.none import Plain
+from pikv_core.files import write_json
+from pikv_core.runs import versions
+from pikv_kernels.attend_tokens import attend_tokens
+from pikv_kernels.backends import backend_report, forced
+from pikv_kernels.page_scores import page_scores
+
+G, R, D = 8, 4, 128
+PAGE_TOKENS, PAGES = 16, 64
+STOCK, FULL_TORCH = "transformers' DynamicCache", "full, by folded SDPA"
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "int8": {"codec": "int8"},
+    "int4": {"codec": "int4"},
+    "h2o at 20 %": {"policy": "h2o", "budget": 0.2},
+    "snapkv at 20 %": {"policy": "snapkv", "budget": 0.2},
+    "snapkv at 20 % + int8": {"policy": "snapkv", "budget": 0.2, "codec": "int8"},
+    "quest of 2,048": {"policy": {"name": "quest", "dense_layers": 0}, "budget": 2048},
+}
+STATISTICS = {"h2o": "mass", "snapkv": "votes"}  # what attention to the prompt would have left behind
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    clock = time.process_time if arguments.threads == 1 else time.perf_counter
+    with torch.inference_mode():
+        found = {
+            "machine": machine(),
+            "commit": commit(),
+            "versions": versions(),
+            "threads": arguments.threads,
+            "clock": "processor time" if arguments.threads == 1 else "wall time",
+            "rounds": arguments.rounds,
+            "num_tokens": arguments.tokens,
+            "attention": [
+                row
+                for num_tokens in (arguments.tokens // 2, 2 * arguments.tokens)
+                for row in attention_rows(num_tokens, arguments.rounds, clock)
+            ],
+            "model": model_rows(arguments.tokens, arguments.rounds, clock),
+            "backends": [choice._asdict() for choice in backend_report()],
+        }
+    page = markdown(found)
+    write_json(arguments.out / "decode.json", found)
+    (arguments.out / "decode.md").write_text(page, encoding="utf-8")
+    print(page)
+
+
+def attention_rows(num_tokens: int, rounds: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
+    """Measure one layer's attention by each kernel."""
+    query, (keys, values) = torch.randn(1, G, R, D), torch.randn(2, 1, G, num_tokens, D).unbind(0)
+    position = torch.arange(num_tokens).expand(1, G, -1)
+    scale = D**-0.5
+    low = keys.bfloat16(), values.bfloat16()
+    bounds = PageBounds(PAGE_TOKENS)
+    bounds.append(keys, None)
+    plain = Plain()
+    runs: dict[str, Callable[[], Any]] = {
+        "SDPA, folded": lambda: F.scaled_dot_product_attention(query, keys, values, scale=scale),
+        "float32": lambda: attend_tokens(query, keys, values, None, scale, backend="numba"),
+        "bfloat16": lambda: attend_tokens(query, *low, None, scale, backend="numba"),
+    }
+    for codec in (Int8(), Int4()):
+        whole = num_tokens // codec.unit_tokens * codec.unit_tokens
+        codes = codec.encode(keys[:, :, :whole], values[:, :, :whole], position[..., :whole])
+        runs[codec.name] = lambda codec=codec, codes=codes, at=position[..., :whole]: codec.attend(
+            query, codes, at, None, scale, None, False
+        )
+    stored = {"keys": keys, "values": values}
+
+    def quest() -> Any:
+        pages = page_scores(query, bounds.lowest, bounds.highest, "numba").topk(min(PAGES, bounds.num_pages)).indices
+        return plain.attend_pages(query, stored, pages, PAGE_TOKENS, None, scale, None)
+
+    runs[f"quest, {PAGES} pages of {PAGE_TOKENS}"] = quest
+    times = in_turn(runs, rounds, 3, clock)
+    peer = statistics.median(times["SDPA, folded"])
+    return [
+        {"num_tokens": num_tokens, "method": name, **spread(seen), "times_faster": peer / statistics.median(seen)}
+        for name, seen in times.items()
+    ]
+
+
+def model_rows(num_tokens: int, rounds: int, clock: Callable[[], float]) -> list[dict[str, Any]]:
+    """Measure a decoded token through each cache."""
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=G * R,
+        num_key_value_heads=G,
+        head_dim=D,
+        intermediate_size=2816,
+        max_position_embeddings=2 * num_tokens,
+    )
+    model = LlamaForCausalLM(config).eval()
+    caches: dict[str, Any] = {name: PiKVCache.for_model(model, recipe) for name, recipe in METHODS.items()}
+    stock = DynamicCache(config=config)
+    for layer in range(config.num_hidden_layers):
+        keys, values = torch.randn(2, 1, G, num_tokens, D).unbind(0)
+        stock.update(keys, values, layer)
+        importance = torch.rand(1, num_tokens)
+        for cache in caches.values():
+            statistic = STATISTICS.get(cache.recipe.policy.name)
+            cache.own_layers[layer].append(keys, values, {statistic: importance} if statistic else None)
+    runs = {STOCK: lambda: step(model, stock, "sdpa"), FULL_TORCH: lambda: forced_step(model, caches["full"])}
+    runs |= {name: lambda cache=cache: step(model, cache, "pikv") for name, cache in caches.items()}
+    held = {STOCK: sum(layer.keys.nbytes + layer.values.nbytes for layer in stock.layers)}
+    held |= {name: cache.resident_bytes for name, cache in caches.items()}
+    held[FULL_TORCH] = held["full"]
+    times = in_turn(runs, rounds, 2, clock)
+    medians = {name: statistics.median(seen) for name, seen in times.items()}
+    return [
+        {
+            "method": name,
+            **spread(seen),
+            "times_stock": medians[STOCK] / medians[name],
+            "times_full_torch": medians[FULL_TORCH] / medians[name],
+            "resident_bytes": held[name],
+        }
+        for name, seen in times.items()
+    ]
+
+
+def step(model: Any, cache: Any, attention: str) -> None:
+    """Decode one token."""
+    if model.config._attn_implementation != attention:
+        model.set_attn_implementation(attention)
+    model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, logits_to_keep=1)
+
+
+def forced_step(model: Any, cache: PiKVCache) -> None:
+    """Decode one token without our kernels."""
+    with forced("torch"):
+        step(model, cache, "pikv")
+
+
+def in_turn(
+    runs: dict[str, Callable[[], Any]], rounds: int, repeats: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Return the milliseconds of every run, `repeats` after a warm one in each round."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            run()
+            for _ in range(repeats):
+                start = clock()
+                run()
+                times[name].append(1e3 * (clock() - start))
+    return times
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    """Return the median and the quartiles, in milliseconds."""
+    first, median, third = statistics.quantiles(times, n=4)
+    return {"ms": median, "ms_first_quartile": first, "ms_third_quartile": third}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """Return the page of results."""
+    lines = [
+        "# One decoded token on a CPU",
+        "",
+        f"Made by `benchmarks/decode.py` on {found['machine']}, commit {found['commit'][:12]}: {found['num_tokens']:,} "
+        f"tokens, {found['threads']} thread(s), medians and quartiles of {found['clock']} in {found['rounds']} rounds "
+        "of all methods in turn.",
+        "",
+        "One layer's attention, 32/8 heads of 128:",
+        "",
+        "| tokens | over | ms | quartiles | times as fast as folded SDPA |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["attention"]:
+        lines.append(
+            f"| {row['num_tokens']:,} | {row['method']} | {row['ms']:.2f} | {_quartiles(row)} | "
+            f"{row['times_faster']:.1f} |"
+        )
+    lines += [
+        "",
+        "A random llama of 4 layers, hidden 1024, 32/8 heads of 128, float32:",
+        "",
+        "| cache | ms a token | quartiles | × transformers' | × full by SDPA | resident |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found["model"]:
+        lines.append(
+            f"| {row['method']} | {row['ms']:.1f} | {_quartiles(row)} | {row['times_stock']:.1f} | "
+            f"{row['times_full_torch']:.1f} | {row['resident_bytes'] / 2**20:.0f} MiB |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def _quartiles(row: dict[str, Any]) -> str:
+    return f"{row['ms_first_quartile']:.2f} to {row['ms_third_quartile']:.2f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,65 @@
-"""Asymmetric round-to-nearest quantisation, with float16 scale and zero point per group (KIVI, arXiv 2402.02750)."""
+"""Asymmetric round-to-nearest quantisation, with float16 scale and zero point per group (KIVI, arXiv 2402.02750).
+
+`quantize` does it along any dimension. `quantize_kv` makes the store that `decode_attention` reads: keys per channel
+over 64 tokens, values per token over halves of the channels. Shapes: B batch, G key/value heads, S tokens, U = S/64,
+D head dim.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+
+from pikv_kernels.backends import choose, jit, tl
+from pikv_kernels.pack_bits import pack, unpack
+from pikv_kernels.split_tokens import next_power
+
+GROUP_TOKENS = 64
+
+
+class QuantizedKV(NamedTuple):
+    """Codes of 8 or 4 bits: bytes [B,G,S,D·bits/8], at 4 bits channels d and d + D/2 in byte d.
+
+    Key scale and zero are float16 [B,G,U,D], those of values [B,G,S,2]; a number is code · scale + zero.
+    """
+
+    key_codes: torch.Tensor
+    key_scale: torch.Tensor
+    key_zero: torch.Tensor
+    value_codes: torch.Tensor
+    value_scale: torch.Tensor
+    value_zero: torch.Tensor
+
+    @property
+    def bits(self) -> int:
+        return 8 * self.key_codes.shape[-1] // self.key_scale.shape[-1]
+
+
+def quantize_kv(keys: torch.Tensor, values: torch.Tensor, bits: int, backend: str | None = None) -> QuantizedKV:
+    """Quantise keys and values [B,G,S,D], S a multiple of 64 and D of 4, in one pass; bits: 8 or 4.
+
+    Scale or zero is not finite where a value is not. The kernel's codes may differ from the definition's by one where
+    a number lies halfway between two.
+    """
+    assert bits in (4, 8) and keys.shape[2] % GROUP_TOKENS == 0 and keys.shape[3] % 4 == 0
+    if choose("quantize_kv", keys, backend) == "triton":
+        return _quantize_on_gpu(keys, values, bits)
+    key_codes, key_scale, key_zero = quantize(keys.unflatten(2, (-1, GROUP_TOKENS)), dim=3, bits=bits)
+    value_codes, value_scale, value_zero = quantize(values.unflatten(-1, (2, -1)), dim=-1, bits=bits)
+    return QuantizedKV(
+        pack(key_codes.flatten(2, 3), bits), key_scale.squeeze(3), key_zero.squeeze(3),
+        pack(value_codes.flatten(-2), bits), value_scale.squeeze(-1), value_zero.squeeze(-1),
+    )  # fmt: skip
+
+
+def dequantize_kv(store: QuantizedKV, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys and values [B,G,S,D] in `dtype`, computed in float32."""
+    key_codes = unpack(store.key_codes, store.bits).unflatten(2, (-1, GROUP_TOKENS))
+    value_codes = unpack(store.value_codes, store.bits).unflatten(-1, (2, -1))
+    keys = dequantize(key_codes, store.key_scale[:, :, :, None], store.key_zero[:, :, :, None], dtype)
+    values = dequantize(value_codes, store.value_scale[..., None], store.value_zero[..., None], dtype)
+    return keys.flatten(2, 3), values.flatten(-2)
 
 
 def quantize(values: torch.Tensor, dim: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -30,3 +87,110 @@ def _rounded(exact: torch.Tensor, towards: float) -> torch.Tensor:
     near = exact.to(torch.float16)
     beyond = near.float() < exact if towards > 0 else near.float() > exact
     return torch.where(beyond, torch.nextafter(near, near.new_tensor(towards)), near)
+
+
+@jit
+def _to_half(exact, UP: tl.constexpr):
+    """Round float32 to float16 towards +inf or -inf, as `_rounded` does."""
+    near = exact.to(tl.float16)
+    bits = near.to(tl.int16, bitcast=True)
+    if UP:  # of positive numbers
+        beyond, neighbour = near.to(tl.float32) < exact, bits + 1
+    else:
+        beyond = near.to(tl.float32) > exact
+        # 0x8001 is the first number below zero; as signed integers, numbers below zero count upwards.
+        neighbour = tl.where(near == 0.0, -32767, tl.where(bits < 0, bits + 1, bits - 1))
+    return tl.where(beyond, neighbour, bits).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@jit
+def _group(x, AXIS: tl.constexpr, HIGHEST_CODE: tl.constexpr):
+    """Return float16 scale and zero of the groups along an axis; neither is finite where a number is not."""
+    spoilt = tl.sum(x * 0.0, AXIS)
+    zero = _to_half(tl.min(x, AXIS) + spoilt, UP=False)
+    span = tl.max(x, AXIS) - zero.to(tl.float32)
+    scale = tl.maximum(span / HIGHEST_CODE, 5.9604644775390625e-08)
+    return _to_half(scale + spoilt, UP=True), zero
+
+
+@jit
+def _codes(x, scale, zero, HIGHEST_CODE: tl.constexpr):
+    """Return bytes of codes; scale and zero are broadcast. Adding 1.5·2^23 rounds halves to even."""
+    steps = (x - zero.to(tl.float32)) * (1.0 / scale.to(tl.float32))
+    rounded = (steps + 12582912.0) - 12582912.0
+    return tl.minimum(tl.maximum(rounded, 0.0), HIGHEST_CODE).to(tl.uint8)
+
+
+@jit
+def _store_codes(codes, low, high, inside, D: tl.constexpr, BITS: tl.constexpr):
+    """Store the two halves' codes at `codes`, rows of D channels: side by side, or in one byte."""
+    if BITS == 4:
+        tl.store(codes, low | (high << 4), mask=inside)
+    else:
+        tl.store(codes, low, mask=inside)
+        tl.store(codes + D // 2, high, mask=inside)
+
+
+@jit
+def _quantize_group(
+    keys, values, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero,
+    num_groups, G, stride_kb, stride_kg, stride_kt, stride_vb, stride_vg, stride_vt,
+    D: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    # One program a key/value head and group of 64 tokens.
+    head = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    HALF: tl.constexpr = D // 2
+    BYTES: tl.constexpr = D * BITS // 8
+    HIGHEST: tl.constexpr = 2.0**BITS - 1.0
+    token, channel = group * 64 + tl.arange(0, 64), tl.arange(0, COLUMNS)
+    column = channel < HALF
+    inside = (token >= 0)[:, None] & column[None, :]
+    coded = (head * num_groups * 64 + token[:, None]) * BYTES + channel[None, :]
+
+    rows = keys + head // G * stride_kb + head % G * stride_kg + token[:, None] * stride_kt + channel[None, :]
+    low = tl.load(rows, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(rows + HALF, mask=inside, other=0.0).to(tl.float32)
+    scale, zero = _group(low, 0, HIGHEST)
+    scale_high, zero_high = _group(high, 0, HIGHEST)
+    at = (head * num_groups + group) * D + channel
+    tl.store(key_scale + at, scale, mask=column)
+    tl.store(key_zero + at, zero, mask=column)
+    tl.store(key_scale + at + HALF, scale_high, mask=column)
+    tl.store(key_zero + at + HALF, zero_high, mask=column)
+    low_codes = _codes(low, scale[None, :], zero[None, :], HIGHEST)
+    high_codes = _codes(high, scale_high[None, :], zero_high[None, :], HIGHEST)
+    _store_codes(key_codes + coded, low_codes, high_codes, inside, D, BITS)
+
+    rows = values + head // G * stride_vb + head % G * stride_vg + token[:, None] * stride_vt + channel[None, :]
+    low = tl.load(rows, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(rows + HALF, mask=inside, other=0.0).to(tl.float32)
+    if COLUMNS != HALF:  # channels that are not there take the first one's number, so that they widen no group
+        low = tl.where(column[None, :], low, tl.load(rows - channel[None, :]).to(tl.float32))
+        high = tl.where(column[None, :], high, tl.load(rows - channel[None, :] + HALF).to(tl.float32))
+    scale, zero = _group(low, 1, HIGHEST)
+    scale_high, zero_high = _group(high, 1, HIGHEST)
+    at = (head * num_groups * 64 + token) * 2
+    tl.store(value_scale + at, scale)
+    tl.store(value_zero + at, zero)
+    tl.store(value_scale + at + 1, scale_high)
+    tl.store(value_zero + at + 1, zero_high)
+    low_codes = _codes(low, scale[:, None], zero[:, None], HIGHEST)
+    high_codes = _codes(high, scale_high[:, None], zero_high[:, None], HIGHEST)
+    _store_codes(value_codes + coded, low_codes, high_codes, inside, D, BITS)
+
+
+def _quantize_on_gpu(keys: torch.Tensor, values: torch.Tensor, bits: int) -> QuantizedKV:
+    B, G, S, D = keys.shape
+    U = S // GROUP_TOKENS
+    keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
+    key_codes, value_codes = (keys.new_empty(B, G, S, D * bits // 8, dtype=torch.uint8) for _ in range(2))
+    key_scale, key_zero = (keys.new_empty(B, G, U, D, dtype=torch.float16) for _ in range(2))
+    value_scale, value_zero = (keys.new_empty(B, G, S, 2, dtype=torch.float16) for _ in range(2))
+    store = QuantizedKV(key_codes, key_scale, key_zero, value_codes, value_scale, value_zero)
+    if U:
+        _quantize_group[(B * G, U)](
+            keys, values, *store, U, G, *keys.stride()[:3], *values.stride()[:3],
+            D=D, COLUMNS=next_power(D // 2), BITS=bits, num_warps=4,
+        )  # fmt: skip
+    return store

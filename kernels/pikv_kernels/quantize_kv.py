@@ -16,6 +16,7 @@ from pikv_kernels.pack_bits import pack, unpack
 from pikv_kernels.split_tokens import next_power
 
 GROUP_TOKENS = 64
+KEY_ROWS = 4  # read at a time
 
 
 class QuantizedKV(NamedTuple):
@@ -104,80 +105,105 @@ def _to_half(exact, UP: tl.constexpr):
 
 
 @jit
-def _group(x, AXIS: tl.constexpr, HIGHEST_CODE: tl.constexpr):
-    """Return float16 scale and zero of the groups along an axis; neither is finite where a number is not."""
-    spoilt = tl.sum(x * 0.0, AXIS)
-    zero = _to_half(tl.min(x, AXIS) + spoilt, UP=False)
-    span = tl.max(x, AXIS) - zero.to(tl.float32)
-    scale = tl.maximum(span / HIGHEST_CODE, 5.9604644775390625e-08)
-    return _to_half(scale + spoilt, UP=True), zero
+def _finite_or_low(x):
+    """Return numbers with -inf for NaN, which `min` and `max` would pass over."""
+    return tl.where(x == x, x, float("-inf"))
 
 
 @jit
-def _codes(x, scale, zero, HIGHEST_CODE: tl.constexpr):
-    """Return bytes of codes; scale and zero are broadcast. Adding 1.5·2^23 rounds halves to even."""
+def _group(lowest, highest, HIGHEST_CODE: tl.constexpr):
+    """Return float16 scale and zero of groups; either is not finite where a number is not."""
+    zero = _to_half(lowest, UP=False)
+    span = highest - zero.to(tl.float32)
+    return _to_half(tl.maximum(tl.div_rn(span, HIGHEST_CODE), 5.9604644775390625e-08), UP=True), zero
+
+
+@jit
+def _codes(x, scale, zero):
+    """Return bytes of codes; scale and zero are broadcast. Adding 1.5·2^23 rounds halves to even, into the last bits."""
     steps = (x - zero.to(tl.float32)) * (1.0 / scale.to(tl.float32))
-    rounded = (steps + 12582912.0) - 12582912.0
-    return tl.minimum(tl.maximum(rounded, 0.0), HIGHEST_CODE).to(tl.uint8)
+    return ((steps + 12582912.0).to(tl.int32, bitcast=True) & 0xFF).to(tl.uint8)
 
 
 @jit
-def _store_codes(codes, low, high, inside, D: tl.constexpr, BITS: tl.constexpr):
-    """Store the two halves' codes at `codes`, rows of D channels: side by side, or in one byte."""
+def _store_codes(codes, low, high, there, HALF: tl.constexpr, BITS: tl.constexpr):
+    """Store the two halves' codes in one byte, or side by side."""
     if BITS == 4:
-        tl.store(codes, low | (high << 4), mask=inside)
+        tl.store(codes, low | (high << 4), mask=there)
     else:
-        tl.store(codes, low, mask=inside)
-        tl.store(codes + D // 2, high, mask=inside)
+        tl.store(codes, low, mask=there)
+        tl.store(codes + HALF, high, mask=there)
 
 
 @jit
-def _quantize_group(
-    keys, values, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero,
-    num_groups, G, stride_kb, stride_kg, stride_kt, stride_vb, stride_vg, stride_vt,
-    D: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr,
+def _quantize_keys(
+    keys, codes, scale, zero, num_groups, G, stride_b, stride_g, stride_t,
+    D: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    # One program a key/value head and group of 64 tokens.
+    # One program a key/value head and group of 64 tokens, read twice (from a cache the second time) in steps of a few
+    # rows, so that a thread has few columns: what is computed for a column is computed by every thread that has it.
     head = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     HALF: tl.constexpr = D // 2
-    BYTES: tl.constexpr = D * BITS // 8
     HIGHEST: tl.constexpr = 2.0**BITS - 1.0
-    token, channel = group * 64 + tl.arange(0, 64), tl.arange(0, COLUMNS)
-    column = channel < HALF
-    inside = (token >= 0)[:, None] & column[None, :]
-    coded = (head * num_groups * 64 + token[:, None]) * BYTES + channel[None, :]
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside = column < HALF
+    there = (row >= 0)[:, None] & inside[None, :]
+    keys += head // G * stride_b + head % G * stride_g
+    rows = keys + (group * 64 + row[:, None]) * stride_t + column[None, :]
+    lowest = tl.full([ROWS, COLUMNS], float("inf"), tl.float32)
+    highest = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
+    lowest_high, highest_high = lowest, highest
+    for step in tl.static_range(64 // ROWS):
+        low = _finite_or_low(tl.load(rows + step * ROWS * stride_t, mask=there, other=0.0).to(tl.float32))
+        high = _finite_or_low(tl.load(rows + step * ROWS * stride_t + HALF, mask=there, other=0.0).to(tl.float32))
+        lowest, highest = tl.minimum(lowest, low), tl.maximum(highest, low)
+        lowest_high, highest_high = tl.minimum(lowest_high, high), tl.maximum(highest_high, high)
+    low_scale, low_zero = _group(tl.min(lowest, 0), tl.max(highest, 0), HIGHEST)
+    high_scale, high_zero = _group(tl.min(lowest_high, 0), tl.max(highest_high, 0), HIGHEST)
+    at = (head * num_groups + group) * D + column
+    tl.store(scale + at, low_scale, mask=inside)
+    tl.store(zero + at, low_zero, mask=inside)
+    tl.store(scale + at + HALF, high_scale, mask=inside)
+    tl.store(zero + at + HALF, high_zero, mask=inside)
+    codes += ((head * num_groups + group) * 64 + row[:, None]) * (D * BITS // 8) + column[None, :]
+    for step in tl.static_range(64 // ROWS):
+        low = tl.load(rows + step * ROWS * stride_t, mask=there, other=0.0).to(tl.float32)
+        high = tl.load(rows + step * ROWS * stride_t + HALF, mask=there, other=0.0).to(tl.float32)
+        low_codes = _codes(low, low_scale[None, :], low_zero[None, :])
+        high_codes = _codes(high, high_scale[None, :], high_zero[None, :])
+        _store_codes(codes + step * ROWS * (D * BITS // 8), low_codes, high_codes, there, HALF, BITS)
 
-    rows = keys + head // G * stride_kb + head % G * stride_kg + token[:, None] * stride_kt + channel[None, :]
-    low = tl.load(rows, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(rows + HALF, mask=inside, other=0.0).to(tl.float32)
-    scale, zero = _group(low, 0, HIGHEST)
-    scale_high, zero_high = _group(high, 0, HIGHEST)
-    at = (head * num_groups + group) * D + channel
-    tl.store(key_scale + at, scale, mask=column)
-    tl.store(key_zero + at, zero, mask=column)
-    tl.store(key_scale + at + HALF, scale_high, mask=column)
-    tl.store(key_zero + at + HALF, zero_high, mask=column)
-    low_codes = _codes(low, scale[None, :], zero[None, :], HIGHEST)
-    high_codes = _codes(high, scale_high[None, :], zero_high[None, :], HIGHEST)
-    _store_codes(key_codes + coded, low_codes, high_codes, inside, D, BITS)
 
-    rows = values + head // G * stride_vb + head % G * stride_vg + token[:, None] * stride_vt + channel[None, :]
-    low = tl.load(rows, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(rows + HALF, mask=inside, other=0.0).to(tl.float32)
-    if COLUMNS != HALF:  # channels that are not there take the first one's number, so that they widen no group
-        low = tl.where(column[None, :], low, tl.load(rows - channel[None, :]).to(tl.float32))
-        high = tl.where(column[None, :], high, tl.load(rows - channel[None, :] + HALF).to(tl.float32))
-    scale, zero = _group(low, 1, HIGHEST)
-    scale_high, zero_high = _group(high, 1, HIGHEST)
+@jit
+def _quantize_values(
+    values, codes, scale, zero, num_groups, G, stride_b, stride_g, stride_t,
+    D: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    # One program a key/value head and 64 tokens, in groups of the halves of a token's channels.
+    head = tl.program_id(0).to(tl.int64)
+    HALF: tl.constexpr = D // 2
+    HIGHEST: tl.constexpr = 2.0**BITS - 1.0
+    token, column = tl.program_id(1) * 64 + tl.arange(0, 64), tl.arange(0, COLUMNS)
+    inside = column < HALF
+    there = (token >= 0)[:, None] & inside[None, :]
+    values += head // G * stride_b + head % G * stride_g
+    # Channels that are not there repeat the first, so that they widen no group.
+    rows = values + token[:, None] * stride_t + tl.where(inside, column, 0)[None, :]
+    low, high = tl.load(rows).to(tl.float32), tl.load(rows + HALF).to(tl.float32)
+    whole = _finite_or_low(low)
+    low_scale, low_zero = _group(tl.min(whole, 1), tl.max(whole, 1), HIGHEST)
+    whole = _finite_or_low(high)
+    high_scale, high_zero = _group(tl.min(whole, 1), tl.max(whole, 1), HIGHEST)
     at = (head * num_groups * 64 + token) * 2
-    tl.store(value_scale + at, scale)
-    tl.store(value_zero + at, zero)
-    tl.store(value_scale + at + 1, scale_high)
-    tl.store(value_zero + at + 1, zero_high)
-    low_codes = _codes(low, scale[:, None], zero[:, None], HIGHEST)
-    high_codes = _codes(high, scale_high[:, None], zero_high[:, None], HIGHEST)
-    _store_codes(value_codes + coded, low_codes, high_codes, inside, D, BITS)
+    tl.store(scale + at, low_scale)
+    tl.store(zero + at, low_zero)
+    tl.store(scale + at + 1, high_scale)
+    tl.store(zero + at + 1, high_zero)
+    low_codes = _codes(low, low_scale[:, None], low_zero[:, None])
+    high_codes = _codes(high, high_scale[:, None], high_zero[:, None])
+    codes += (head * num_groups * 64 + token[:, None]) * (D * BITS // 8) + column[None, :]
+    _store_codes(codes, low_codes, high_codes, there, HALF, BITS)
 
 
 def _quantize_on_gpu(keys: torch.Tensor, values: torch.Tensor, bits: int) -> QuantizedKV:
@@ -187,10 +213,10 @@ def _quantize_on_gpu(keys: torch.Tensor, values: torch.Tensor, bits: int) -> Qua
     key_codes, value_codes = (keys.new_empty(B, G, S, D * bits // 8, dtype=torch.uint8) for _ in range(2))
     key_scale, key_zero = (keys.new_empty(B, G, U, D, dtype=torch.float16) for _ in range(2))
     value_scale, value_zero = (keys.new_empty(B, G, S, 2, dtype=torch.float16) for _ in range(2))
-    store = QuantizedKV(key_codes, key_scale, key_zero, value_codes, value_scale, value_zero)
-    if U:
-        _quantize_group[(B * G, U)](
-            keys, values, *store, U, G, *keys.stride()[:3], *values.stride()[:3],
-            D=D, COLUMNS=next_power(D // 2), BITS=bits, num_warps=4,
-        )  # fmt: skip
-    return store
+    if B * G * U:
+        sizes = {"D": D, "COLUMNS": next_power(D // 2), "BITS": bits, "num_warps": 4}
+        _quantize_keys[(B * G, U)](
+            keys, key_codes, key_scale, key_zero, U, G, *keys.stride()[:3], **sizes, ROWS=KEY_ROWS
+        )
+        _quantize_values[(B * G, U)](values, value_codes, value_scale, value_zero, U, G, *values.stride()[:3], **sizes)
+    return QuantizedKV(key_codes, key_scale, key_zero, value_codes, value_scale, value_zero)

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from kernel_checks import DTYPES, TOLERANCE, assert_near, device, seeded  # noqa: F401
+from kernel_checks import DTYPES, TOLERANCE, assert_near, seeded
 
 from pikv_kernels import decode_attention as module
 from pikv_kernels.decode_attention import Float8KV, FullKV, decode_attention, to_float32
 from pikv_kernels.quantize_kv import quantize_kv
 from pikv_kernels.split_tokens import count_splits
 
+pytestmark = pytest.mark.usefixtures("nan_memory")
 B, G, SCALE = 2, 2, 0.11
+GROUPS = [(64, 1), (80, 4), (96, 8), (128, 4), (128, 16), (256, 8)]
 
 
 def attend_exactly(query, store, scale, lengths=None, mask=None):
@@ -65,45 +67,24 @@ def check(query, store, tolerance, lengths=None, mask=None):
         assert_near(plain.output, found.output, 0, f"{backend} output without mass")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_memory_is_nan(monkeypatch):
-    """Fill what `torch.empty` returns, so that what no kernel wrote is seen."""
-    empty = torch.empty
-
-    def filled(*shape, **options):
-        tensor = empty(*shape, **options)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", filled)
-
-
-@pytest.fixture
-def three_splits(monkeypatch):
-    """Split as a GPU with many multiprocessors would."""
-    for name in ("pikv_kernels.decode_attention", "pikv_kernels.decode_codes"):
-        monkeypatch.setattr(f"{name}.count_splits", lambda heads, tiles, sms: min(3, tiles))
-
-
 @pytest.mark.usefixtures("three_splits")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("S", [1, 63, 64, 65, 200])
-def test_full_precision_at_odd_sizes(S, dtype, device):  # noqa: F811
+def test_full_precision_at_odd_sizes(S, dtype, device):
     check(seeded(B, 4 * G, 64, dtype=dtype, device=device, seed=9), full_store(S, 64, dtype, device), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("R", [1, 4, 8, 16])
-@pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
-def test_groups_and_head_dims(D, R, dtype, device):  # noqa: F811
+@pytest.mark.parametrize(("D", "R"), GROUPS)
+def test_groups_and_head_dims(D, R, dtype, device):
     query = seeded(B, R * G, D, dtype=dtype, device=device, seed=9)
     check(query, full_store(70, D, dtype, device), TOLERANCE[dtype])
 
 
 @pytest.mark.usefixtures("three_splits")
-@pytest.mark.parametrize("D", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize("R", [1, 4, 8, 16])
+@pytest.mark.parametrize(("D", "R"), GROUPS)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_codes(bits, R, D, device):  # noqa: F811
+def test_codes(bits, D, R, device):
     store = quantize_kv(*full_store(192, D, torch.float32, device), bits, backend="torch")
     check(seeded(B, R * G, D, device=device, seed=9), store, 1e-2)
 
@@ -111,14 +92,14 @@ def test_codes(bits, R, D, device):  # noqa: F811
 @pytest.mark.usefixtures("three_splits")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_codes_of_other_dtypes(bits, dtype, device):  # noqa: F811
+def test_codes_of_other_dtypes(bits, dtype, device):
     store = quantize_kv(*full_store(128, 128, dtype, device), bits, backend="torch")
     check(seeded(B, 4 * G, 128, dtype=dtype, device=device, seed=9), store, max(1e-2, TOLERANCE[dtype]))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("size", [1e-3, 300.0])
-def test_codes_of_small_and_large_values(size, bits, device):  # noqa: F811
+def test_codes_of_small_and_large_values(size, bits, device):
     keys, values = full_store(128, 64, torch.float32, device)
     store = quantize_kv(keys, values * size, bits, backend="torch")
     query = seeded(B, 4 * G, 64, device=device, seed=9)
@@ -129,11 +110,11 @@ def test_codes_of_small_and_large_values(size, bits, device):  # noqa: F811
 
 @pytest.mark.usefixtures("three_splits")
 @pytest.mark.parametrize("D", [64, 128])
-def test_8_bit_floats(D, device):  # noqa: F811
+def test_8_bit_floats(D, device):
     check(seeded(B, 4 * G, D, device=device, seed=9), float8_store(192, D, device), 4e-3)
 
 
-def test_8_bit_floats_whose_scales_a_tile_does_not_share_are_refused(device):  # noqa: F811
+def test_8_bit_floats_whose_scales_a_tile_does_not_share_are_refused(device):
     with pytest.raises(ValueError, match="64 tokens share"):
         decode_attention(seeded(B, G, 64, device=device), float8_store(96, 64, device, 48), 1.0, backend="triton")
 
@@ -151,7 +132,7 @@ def stores_with_nan_beyond(lengths, S, D, where):
 
 
 @pytest.mark.usefixtures("three_splits")
-def test_lengths_with_nan_beyond_them(device):  # noqa: F811
+def test_lengths_with_nan_beyond_them(device):
     lengths = torch.tensor([[0, 1], [65, 192]], device=device)
     for store in stores_with_nan_beyond(lengths, 192, 64, device):
         check(seeded(B, 4 * G, 64, dtype=torch.bfloat16, device=device, seed=9), store, 3e-2, lengths)
@@ -159,7 +140,7 @@ def test_lengths_with_nan_beyond_them(device):  # noqa: F811
 
 @pytest.mark.usefixtures("three_splits")
 @pytest.mark.parametrize("mask_heads", [1, G])
-def test_masks_alone_and_with_lengths(mask_heads, device):  # noqa: F811
+def test_masks_alone_and_with_lengths(mask_heads, device):
     mask = (torch.rand(B, mask_heads, 192, generator=torch.Generator().manual_seed(0)) < 0.3).to(device)
     mask[0, :, :100] = False  # whole tiles of a split, the first split of all
     mask[1, 0] = False  # and a row that sees nothing
@@ -171,7 +152,7 @@ def test_masks_alone_and_with_lengths(mask_heads, device):  # noqa: F811
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_empty_stores_give_zeros(backend, device):  # noqa: F811
+def test_empty_stores_give_zeros(backend, device):
     query = seeded(B, 4 * G, 64, device=device)
     full = full_store(0, 64, torch.float32, device)
     for store in (full, quantize_kv(*full, 4, backend=backend), quantize_kv(*full, 8, backend=backend)):
@@ -179,7 +160,7 @@ def test_empty_stores_give_zeros(backend, device):  # noqa: F811
         assert (found.output == 0).all() and (found.lse == -torch.inf).all() and found.mass.shape == (B, G, 0)
 
 
-def test_slices_of_larger_buffers_are_read_in_place(device):  # noqa: F811
+def test_slices_of_larger_buffers_are_read_in_place(device):
     buffers = full_store(100, 64, torch.float16, device)
     for x in buffers:
         x[:, :, 70:] = torch.nan

@@ -120,7 +120,7 @@ def _group(lowest, highest, HIGHEST_CODE: tl.constexpr):
 
 @jit
 def _codes(x, scale, zero):
-    """Return bytes of codes; scale and zero are broadcast. Adding 1.5·2^23 rounds halves to even, into the last bits."""
+    """Return bytes of codes. Adding 1.5·2^23 rounds halves to even, and leaves whole numbers in the last bits."""
     steps = (x - zero.to(tl.float32)) * (1.0 / scale.to(tl.float32))
     return ((steps + 12582912.0).to(tl.int32, bitcast=True) & 0xFF).to(tl.uint8)
 

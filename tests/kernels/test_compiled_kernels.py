@@ -1,4 +1,4 @@
-"""What kernels compile to: no spills, shared memory that fits, and no more instructions than bandwidth leaves time for."""
+"""What kernels compile to: no spills, shared memory that fits, and no more instructions than memory leaves time for."""
 
 import json
 import os

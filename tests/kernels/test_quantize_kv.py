@@ -39,7 +39,8 @@ def test_the_kernel_equals_the_definition(bits, S, D, dtype, device):
         (found.key_scale.repeat_interleave(64, 2), found.value_scale.repeat_interleave(D // 2, 3)),
     ):
         error = (back - exact.float()).abs() / scale.float()
-        assert error.max() < 0.501, f"steps: max {error.max()}, mean {error.mean()}"
+        # Numbers of 5 in steps of 3e-5 are themselves only known to a hundredth of a step.
+        assert error.max() < 0.52, f"steps: max {error.max()}, mean {error.mean()}"
 
 
 def test_a_group_of_a_single_number_comes_back_exactly(device):

@@ -55,13 +55,13 @@ def prmt(a, b, selector):
 
 def halves(words, dtype):
     """Return the two 16-bit numbers of words as float64."""
-    shifted = torch.stack([words & 0xFFFF, words >> 16 & 0xFFFF])
+    shifted = torch.stack([words & 0xFFFF, words >> 16 & 0xFFFF], dim=-1)
     return shifted.to(torch.uint16).view(dtype).double()
 
 
 def fma(a, b, c, dtype):
     exact = halves(a, dtype) * halves(b, dtype) + halves(c, dtype)
-    low, high = exact.to(dtype).view(torch.int16).long() & 0xFFFF
+    low, high = (exact.to(dtype).view(torch.int16).long() & 0xFFFF).unbind(-1)
     return low | high << 16
 
 
@@ -83,10 +83,10 @@ def test_all_codes_become_their_numbers(bits, kind):
     high = WORDS.roll(12345) | WORDS.roll(777) << 16
     found = run(program, [low] if bits == 4 else [low, high], 4)
     if bits == 4:
-        expected = [torch.stack(pair) for pair in zip(centred(first, 4), centred(second, 4))]
+        expected = [torch.stack(pair, -1) for pair in zip(centred(first, 4), centred(second, 4))]
     else:
         a, b, c, d = (centred(words, 8) for words in (first, second, WORDS.roll(12345), WORDS.roll(777)))
-        expected = [torch.stack(pair) for pair in ((a[0], b[0]), (c[0], d[0]), (a[1], b[1]), (c[1], d[1]))]
+        expected = [torch.stack(pair, -1) for pair in ((a[0], b[0]), (c[0], d[0]), (a[1], b[1]), (c[1], d[1]))]
     for quarter, (words, codes) in enumerate(zip(found, expected)):
         assert torch.equal(halves(words, dtype), codes.double()), f"quarter {quarter}"
 
@@ -96,6 +96,6 @@ def test_all_8_bit_floats_become_their_numbers():
     orders = [codes, codes.roll(1), codes.roll(2), codes.flip(0)]
     packed = sum(order << 8 * byte for byte, order in enumerate(orders))
     low, high = run(decode_attention.FROM_E4M3.value, [packed], 2)
-    found = torch.cat([halves(low, torch.float16), halves(high, torch.float16)]) * 256
-    expected = torch.stack([order.to(torch.uint8).view(torch.float8_e4m3fn).double() for order in orders])
+    found = torch.cat([halves(low, torch.float16), halves(high, torch.float16)], -1) * 256
+    expected = torch.stack([order.to(torch.uint8).view(torch.float8_e4m3fn).double() for order in orders], -1)
     assert torch.equal(found, expected)

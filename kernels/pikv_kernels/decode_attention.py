@@ -40,10 +40,12 @@ FROM_E4M3 = constexpr("""{
     lop3.b32 $0, low, 0x80008000, low_rest, 0xEA;
     lop3.b32 $1, high, 0x80008000, high_rest, 0xEA;
 }""")
-WHOLE = Launch(tile=64, num_warps=4, num_stages=3)
-PAGES = Launch(tile=64, num_warps=2, num_stages=3)
-WIDE = Launch(tile=32, num_warps=4, num_stages=3)  # float32 and large heads, which take more registers
-EXACT_ROWS = Launch(tile=32, num_warps=8, num_stages=3)  # float32 with many query heads of a group
+WHOLE = Launch(tile=64, num_warps=4, num_stages=3, programs_per_sm=3)
+PAGES = Launch(tile=64, num_warps=2, num_stages=3, programs_per_sm=3)
+WIDE = Launch(
+    tile=32, num_warps=4, num_stages=3, programs_per_sm=3
+)  # float32 and large heads, which take more registers
+EXACT_ROWS = Launch(tile=32, num_warps=8, num_stages=3, programs_per_sm=3)  # float32 with many query heads of a group
 LEAST_ROWS = 16  # of a product on the matrix units; those of float32 run on the ordinary ones
 
 
@@ -272,7 +274,7 @@ def attend_on_gpu(
     if unit_tokens % tile:
         raise ValueError(f"the kernel reads scales that {tile} tokens share or a multiple of it, got {unit_tokens}")
     listed = S if pages is None else pages.shape[2] * page_tokens
-    splits = count_splits(B * G, -(-listed // tile), count_sms(query.device))
+    splits = count_splits(B * G, -(-listed // tile), count_sms(query.device) * launch.programs_per_sm)
     split_tokens = -(-listed // splits // tile) * tile
     splits = -(-listed // split_tokens)
     partial = torch.empty(B, H, splits, D, dtype=torch.float32, device=query.device)

@@ -26,8 +26,10 @@ from pikv_kernels.split_tokens import (
 )
 
 LEAST_ROWS = 8  # query heads of a program: columns of a product on the matrix units
-FEW_HEADS = Launch(tile=GROUP_TOKENS, num_warps=2, num_stages=3)
-MANY_HEADS = Launch(tile=GROUP_TOKENS, num_warps=4, num_stages=3)  # or channels: fewer of them a thread
+FEW_HEADS = Launch(tile=GROUP_TOKENS, num_warps=2, num_stages=3, programs_per_sm=6)
+MANY_HEADS = Launch(
+    tile=GROUP_TOKENS, num_warps=4, num_stages=3, programs_per_sm=3
+)  # or channels: fewer of them a thread
 
 # Keys as float16: 0x6400 is 1024 and counts ones in its last bits, so a code in the bits above counts sixteens.
 KEYS_4_BITS = constexpr("""{
@@ -265,7 +267,7 @@ def decode_codes(
     query, store = query.contiguous(), QuantizedKV(*(part.contiguous() for part in store))
     rows = next_power(H // G, LEAST_ROWS)
     launch = FEW_HEADS if rows == LEAST_ROWS and D <= 128 else MANY_HEADS
-    splits = count_splits(B * G, S // GROUP_TOKENS, count_sms(query.device))
+    splits = count_splits(B * G, S // GROUP_TOKENS, count_sms(query.device) * launch.programs_per_sm)
     split_tokens = -(-S // splits // GROUP_TOKENS) * GROUP_TOKENS
     splits = -(-S // split_tokens)
     partial = torch.empty(B, H, splits, D, dtype=torch.float32, device=query.device)

@@ -14,24 +14,23 @@ from pikv_kernels.backends import jit, tl, triton
 
 LOG2E = 1.4426950408889634
 LEAST_CHANNELS = 16  # of a product on the matrix units
-PROGRAMS_PER_SM = 2
 OVERHEAD_TILES = 2  # what starting and ending a program costs, in tiles of tokens
 MOST_SPLITS = 128
 MASS_TOKENS = 512
 
 
 class Launch(NamedTuple):
-    """How a kernel is cut: tokens of a tile, warps of a program, tiles that are loaded ahead."""
+    """How a kernel is cut: tokens of a tile, warps of a program, tiles that are loaded ahead, programs at a time."""
 
     tile: int
     num_warps: int
     num_stages: int
+    programs_per_sm: int  # that registers and shared memory leave room for
 
 
 @lru_cache(maxsize=4096)
-def count_splits(num_heads: int, num_tiles: int, num_sms: int) -> int:
-    """Return the number of splits that ends soonest: even waves of programs, each with a fixed cost."""
-    slots = num_sms * PROGRAMS_PER_SM
+def count_splits(num_heads: int, num_tiles: int, slots: int) -> int:
+    """Return the number of splits that ends soonest: even waves of `slots` programs, each with a fixed cost."""
 
     def end(splits: int) -> int:
         return -(-num_heads * splits // slots) * (-(-num_tiles // splits) + OVERHEAD_TILES)

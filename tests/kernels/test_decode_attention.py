@@ -172,7 +172,7 @@ def test_slices_of_larger_buffers_are_read_in_place(device):
 
 def test_splits_fill_the_multiprocessors():
     assert count_splits(1, 1, 132) == 1
-    assert count_splits(128, 512, 132) * 128 <= 132 * 2
+    assert count_splits(128, 512, 264) * 128 <= 264
     for heads in (1, 8, 40, 128, 1000):
         for tiles in (1, 3, 64, 512):
             splits = count_splits(heads, tiles, 132)

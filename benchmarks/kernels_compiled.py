@@ -123,29 +123,35 @@ def disassemble(binary: bytes) -> tuple[int, list[tuple[int, str]]]:
     return int(registers[1]), [(int(address, 16), text) for address, text in lines]
 
 
-def count_loop(instructions: list[tuple[int, str]]) -> int:
+def longest_loop(instructions: list[tuple[int, str]]) -> list[str]:
     """Return the instructions of the longest loop, all where there is none; a branch to itself ends a kernel."""
-    longest = 0
+    longest: list[str] = []
     for address, text in instructions:
         branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
         if branch and int(branch[1], 16) < address:
-            start = int(branch[1], 16)
-            longest = max(longest, sum(start <= other <= address for other, _ in instructions))
-    return longest or len(instructions)
+            loop = [other for at, other in instructions if int(branch[1], 16) <= at <= address]
+            longest = max(longest, loop, key=len)
+    return longest or [text for _, text in instructions]
+
+
+def count_spills(instructions: list[str]) -> int:
+    """Return the loads and stores of a thread's own memory."""
+    return sum(re.search(r"\b(LDL|STL)\b", text) is not None for text in instructions)
 
 
 def describe(name: str, launch: Launch, numbers: int, budget: float | None, arch: int) -> dict[str, Any]:
     """Compile and return a row of the table; `numbers` are read by a program in one pass of its loop."""
     compiled = compile_launch(launch, arch)
     registers, instructions = disassemble(compiled.asm["cubin"])
-    spills = sum(re.search(r"\b(LDL|STL)\b", text) is not None for _, text in instructions)
-    per_number = count_loop(instructions) * launch.num_warps * 32 / numbers
+    loop = longest_loop(instructions)
+    per_number = len(loop) * launch.num_warps * 32 / numbers
     return {
         "kernel": name,
         "arch": arch,
         "num_warps": launch.num_warps,
         "registers": registers,
-        "spills": spills,
+        "spills": count_spills([text for _, text in instructions]),
+        "loop_spills": count_spills(loop),
         "shared_bytes": compiled.metadata.shared,
         "instructions_per_number": round(per_number, 2),
         "budget": budget,

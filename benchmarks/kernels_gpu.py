@@ -3,10 +3,10 @@
     python benchmarks/kernels_gpu.py [--json FILE] [--seconds 140] [--tiny]
 
 Needs torch and triton alone. Shapes are those of a layer of Llama 3.1 8B: 16 sequences of 32k tokens, 32 query heads
-over 8 key/value heads of 128 channels. Times are medians of CUDA events around a replayed graph, with the L2 cache flushed
-before. What a step printed stays: a step that fails is told and the next one runs, in a new process where the GPU no
-longer answers. Last, other ways to cut the kernels are tried until the seconds are over. `--tiny` runs the same code on
-small tensors, without a GPU under Triton's interpreter.
+over 8 key/value heads of 128 channels. Times are medians of CUDA events around a replayed graph, with the L2 cache
+flushed before. What a step printed stays: a step that fails is told and the next one runs, in a new process where the
+GPU no longer answers. Last, other ways to cut the kernels are tried until the seconds are over. `--tiny` runs the same
+code on small tensors, without a GPU under Triton's interpreter.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ from pikv_kernels.split_tokens import (
 
 LEAST_ROWS = 8  # query heads of a program: columns of a product on the matrix units
 FEW_HEADS = Launch(tile=GROUP_TOKENS, num_warps=2, num_stages=3, programs_per_sm=6)
-MANY_HEADS = Launch(
-    tile=GROUP_TOKENS, num_warps=4, num_stages=3, programs_per_sm=3
-)  # or channels: fewer of them a thread
+# More query heads or channels take more registers, which more warps share.
+MANY_HEADS = Launch(tile=GROUP_TOKENS, num_warps=4, num_stages=3, programs_per_sm=3)
+MOST_HEADS = Launch(tile=GROUP_TOKENS, num_warps=8, num_stages=3, programs_per_sm=1)
 
 # Keys as float16: 0x6400 is 1024 and counts ones in its last bits, so a code in the bits above counts sixteens.
 KEYS_4_BITS = constexpr("""{
@@ -266,7 +266,7 @@ def decode_codes(
     G, S = store.key_codes.shape[1:3]
     query, store = query.contiguous(), QuantizedKV(*(part.contiguous() for part in store))
     rows = next_power(H // G, LEAST_ROWS)
-    launch = FEW_HEADS if rows == LEAST_ROWS and D <= 128 else MANY_HEADS
+    launch = (FEW_HEADS, MANY_HEADS, MOST_HEADS)[(rows > LEAST_ROWS) + (D > 128)]
     splits = count_splits(B * G, S // GROUP_TOKENS, count_sms(query.device) * launch.programs_per_sm)
     split_tokens = -(-S // splits // GROUP_TOKENS) * GROUP_TOKENS
     splits = -(-S // split_tokens)

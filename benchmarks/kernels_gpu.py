@@ -290,25 +290,31 @@ def timed_ops(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Callable[[], A
     yield "compact half", move, lambda: bytes_of(*inputs.full) + 2 * bytes_of(inputs.keep_half)
 
 
-def cuts(inputs: Inputs) -> Iterator[tuple[str, Any, str, Launch, Store]]:
-    """Yield other ways to cut the kernels: a label, the module and name of the launch, the launch, the store."""
+Cut = tuple[str, Any, str, Launch, Callable[[], Any]]
+
+
+def cuts(inputs: Inputs) -> Iterator[Cut]:
+    """Yield other ways to cut the kernels: a label, the module and name of the launch, the launch, what is timed."""
+
+    def decode(store: str) -> Callable[[], Any]:
+        return lambda: decode_attention(inputs.query, getattr(inputs, store), inputs.scale, backend="triton")
+
+    def pages() -> Any:
+        return attend_pages(inputs.query, inputs.full, inputs.pages, PAGE, inputs.scale, backend="triton")
+
     grid = {
-        "decode int4": (
-            codes_kernel,
-            "FEW_HEADS",
-            inputs.int4,
-            ((2, 3, 4), (2, 4, 6), (4, 3, 3), (2, 2, 6), (1, 3, 6)),
-        ),
-        "decode int8": (codes_kernel, "FEW_HEADS", inputs.int8, ((2, 3, 4), (2, 4, 4), (4, 3, 3), (4, 2, 4))),
-        "decode bfloat16": (full_kernel, "WHOLE", inputs.full, ((4, 3, 2), (4, 2, 4), (2, 3, 3), (8, 3, 3))),
-        "decode fp8": (full_kernel, "WHOLE", inputs.float8, ((4, 4, 3), (2, 3, 4), (8, 3, 3))),
+        "decode int4": (codes_kernel, "FEW_HEADS", decode("int4"), ((2, 3, 4), (2, 4, 6), (4, 3, 3), (2, 2, 6))),
+        "decode int8": (codes_kernel, "FEW_HEADS", decode("int8"), ((2, 3, 4), (2, 4, 4), (4, 3, 3), (4, 2, 4))),
+        "decode bfloat16": (full_kernel, "WHOLE", decode("full"), ((4, 3, 2), (4, 2, 4), (2, 3, 3), (8, 3, 3))),
+        "attend pages": (full_kernel, "PAGES", pages, ((2, 2, 4), (4, 3, 3), (4, 4, 2), (2, 3, 1))),
+        "decode fp8": (full_kernel, "WHOLE", decode("float8"), ((4, 4, 3), (2, 3, 4), (8, 3, 3))),
     }
-    for name, (module, constant, store, tried) in grid.items():
+    for name, (module, constant, call, tried) in grid.items():
         standing = getattr(module, constant)
         for factor in (2, 4):
-            yield name, module, constant, standing._replace(programs_per_sm=factor * standing.programs_per_sm), store
+            yield name, module, constant, standing._replace(programs_per_sm=factor * standing.programs_per_sm), call
         for num_warps, num_stages, programs in tried:
-            yield name, module, constant, Launch(standing.tile, num_warps, num_stages, programs), store
+            yield name, module, constant, Launch(standing.tile, num_warps, num_stages, programs), call
 
 
 class Run:
@@ -462,24 +468,20 @@ def do_checks(run: Run, inputs: Inputs, tiny: bool) -> None:
 def do_cuts(run: Run, inputs: Inputs) -> None:
     """Time the decoding kernels in other cuts."""
     print("other cuts (warps, stages, programs a multiprocessor):", flush=True)
-    for name, module, constant, launch, store in cuts(inputs):
+    for cut in cuts(inputs):
 
-        def work(
-            name: str = name, module: Any = module, constant: str = constant, launch: Launch = launch,
-            store: Store = store,
-        ) -> None:  # fmt: skip
+        def work(cut: Cut = cut) -> None:
+            name, module, constant, launch, call = cut
             standing = getattr(module, constant)
             setattr(module, constant, launch)
             try:
-                median, _ = measure(
-                    lambda: decode_attention(inputs.query, store, inputs.scale, backend="triton"), repeats=15
-                )
+                median, _ = measure(call, repeats=15)
             finally:
                 setattr(module, constant, standing)
             print(f"  {name:18} {launch[1:]!s:12} {median:9.1f} us", flush=True)
             run.state["cuts"].append({"op": name, "us": median} | launch._asdict())
 
-        run.step(f"cut {name} {launch}", work)
+        run.step(f"cut {cut[0]} {cut[3]}", work)
 
 
 if __name__ == "__main__":

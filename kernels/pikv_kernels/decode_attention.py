@@ -20,12 +20,11 @@ from pikv_kernels.split_tokens import (
     LEAST_CHANNELS,
     LOG2E,
     Launch,
-    count_sms,
-    count_splits,
     dot,
+    mask_strides,
     merge_splits,
     next_power,
-    normalise_mass,
+    plan_splits,
 )
 
 # Each byte goes to the upper half of 16 bits; all but its sign is shifted by one.
@@ -101,6 +100,8 @@ def decode_attention(
         return see_nothing(query, G, S, with_mass)
     if lengths is not None:
         lengths = lengths.to(torch.int32).contiguous()
+    if mask is not None and mask.stride(-1) != 1:
+        mask = mask.contiguous()
     if isinstance(store, QuantizedKV):
         found = decode_codes(query, store, scale, lengths, mask, with_mass)
     else:
@@ -184,6 +185,8 @@ def _attend_split(
     if FLOAT8:
         q = q.to(tl.float16)
         scale *= 256.0
+    else:
+        q = q.to(keys.dtype.element_ty)
     keys += head // G * stride_kb + head % G * stride_kg
     values += head // G * stride_vb + head % G * stride_vg
     if HAS_MASK:
@@ -261,7 +264,8 @@ def attend_on_gpu(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return output, log-sum-exp and mass by the kernel; of the listed pages [B,G,P] alone, where -1 is none."""
     if isinstance(store, Float8KV):
-        keys, key_scale, values, value_scale = store
+        keys, values = store.key_codes, store.value_codes
+        key_scale, value_scale = store.key_scale.contiguous(), store.value_scale.contiguous()
         unit_tokens = keys.shape[2] // key_scale.shape[2]
     else:
         (keys, values), key_scale, value_scale, unit_tokens = store, None, None, WHOLE.tile
@@ -274,27 +278,15 @@ def attend_on_gpu(
     if unit_tokens % tile:
         raise ValueError(f"the kernel reads scales that {tile} tokens share or a multiple of it, got {unit_tokens}")
     listed = S if pages is None else pages.shape[2] * page_tokens
-    splits = count_splits(B * G, -(-listed // tile), count_sms(query.device) * launch.programs_per_sm)
-    split_tokens = -(-listed // splits // tile) * tile
-    splits = -(-listed // split_tokens)
-    partial = torch.empty(B, H, splits, D, dtype=torch.float32, device=query.device)
-    partial_lse = torch.empty(B, H, splits, dtype=torch.float32, device=query.device)
-    weights = tile_max = None
-    if with_mass:
-        spill = torch.float32 if keys.dtype == torch.float32 else torch.float16
-        weights = torch.empty(B, G, H // G, S, dtype=spill, device=query.device)
-        tile_max = torch.empty(B, G, H // G, -(-S // tile), dtype=torch.float32, device=query.device)
-    mask_strides = (0, 0) if mask is None else (mask.stride(0), mask.stride(1) if mask.shape[1] > 1 else 0)
-    _attend_split[(B * G, splits)](
+    spill = torch.float32 if exact else torch.float16
+    space = plan_splits(query, G, listed, launch, (S, spill) if with_mass else None)
+    _attend_split[(B * G, space.num_splits)](
         query, keys, values, key_scale, value_scale, pages, lengths, mask if mask is None else mask.view(torch.uint8),
-        partial, partial_lse, weights, tile_max, S, listed, split_tokens, scale * LOG2E, G, unit_tokens,
-        *keys.stride()[:3], *values.stride()[:3], *mask_strides,
+        *space[1:], S, listed, space.split_tokens, scale * LOG2E, G, unit_tokens,
+        *keys.stride()[:3], *values.stride()[:3], *mask_strides(mask),
         R=H // G, ROWS=rows, D=D, COLUMNS=next_power(D, LEAST_CHANNELS), TILE=tile,
         PAGE=page_tokens, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None,
         FLOAT8=key_scale is not None, WITH_MASS=with_mass, UPCAST=INTERPRETED,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
-    output, lse = merge_splits(partial, partial_lse, query.dtype)
-    if weights is None or tile_max is None:
-        return output, lse, None
-    return output, lse, normalise_mass(weights, tile_max, lse, lengths, tile)
+    return merge_splits(space, query.dtype, lengths, tile)

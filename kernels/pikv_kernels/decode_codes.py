@@ -17,12 +17,11 @@ from pikv_kernels.split_tokens import (
     LEAST_CHANNELS,
     LOG2E,
     Launch,
-    count_sms,
-    count_splits,
     dot,
+    mask_strides,
     merge_splits,
     next_power,
-    normalise_mass,
+    plan_splits,
 )
 
 LEAST_ROWS = 8  # query heads of a program: columns of a product on the matrix units
@@ -267,26 +266,14 @@ def decode_codes(
     query, store = query.contiguous(), QuantizedKV(*(part.contiguous() for part in store))
     rows = next_power(H // G, LEAST_ROWS)
     launch = (FEW_HEADS, MANY_HEADS, MOST_HEADS)[(rows > LEAST_ROWS) + (D > 128)]
-    splits = count_splits(B * G, S // GROUP_TOKENS, count_sms(query.device) * launch.programs_per_sm)
-    split_tokens = -(-S // splits // GROUP_TOKENS) * GROUP_TOKENS
-    splits = -(-S // split_tokens)
-    partial = torch.empty(B, H, splits, D, dtype=torch.float32, device=query.device)
-    partial_lse = torch.empty(B, H, splits, dtype=torch.float32, device=query.device)
-    weights = tile_max = None
-    if with_mass:
-        weights = torch.empty(B, G, H // G, S, dtype=torch.float16, device=query.device)
-        tile_max = torch.empty(B, G, H // G, S // GROUP_TOKENS, dtype=torch.float32, device=query.device)
-    mask_strides = (0, 0) if mask is None else (mask.stride(0), mask.stride(1) if mask.shape[1] > 1 else 0)
-    _attend_split[(B * G, splits)](
+    space = plan_splits(query, G, S, launch, (S, torch.float16) if with_mass else None)
+    _attend_split[(B * G, space.num_splits)](
         query, store.key_codes.view(torch.int16), store.key_scale, store.key_zero,
         store.value_codes.view(torch.int16), store.value_scale, store.value_zero, lengths,
-        mask if mask is None else mask.view(torch.uint8), partial, partial_lse, weights, tile_max,
-        S, split_tokens, scale * LOG2E, G, *mask_strides,
+        mask if mask is None else mask.view(torch.uint8), *space[1:],
+        S, space.split_tokens, scale * LOG2E, G, *mask_strides(mask),
         R=H // G, ROWS=rows, D=D, COLUMNS=next_power(D // 4, LEAST_CHANNELS),
         TILE=GROUP_TOKENS, BITS=store.bits, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None,
         WITH_MASS=with_mass, UPCAST=INTERPRETED, num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
-    output, lse = merge_splits(partial, partial_lse, query.dtype)
-    if weights is None or tile_max is None:
-        return output, lse, None
-    return output, lse, normalise_mass(weights, tile_max, lse, lengths, GROUP_TOKENS)
+    return merge_splits(space, query.dtype, lengths, GROUP_TOKENS)

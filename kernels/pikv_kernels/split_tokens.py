@@ -96,26 +96,65 @@ def _mass(
     tl.store(mass + head * num_tokens + token, total, mask=token < num_tokens)
 
 
+class Workspace(NamedTuple):
+    """What the programs of an attention write: outputs and log-sum-exps of splits, and weights where mass is wanted.
+
+    partial: [B,H,splits,D]; partial_lse: [B,H,splits]; weights: [B,G,R,S], relative to the maxima tile_max
+    [B,G,R,tiles].
+    """
+
+    split_tokens: int
+    partial: torch.Tensor
+    partial_lse: torch.Tensor
+    weights: torch.Tensor | None
+    tile_max: torch.Tensor | None
+
+    @property
+    def num_splits(self) -> int:
+        return self.partial.shape[2]
+
+
+def plan_splits(
+    query: torch.Tensor, num_groups: int, num_tokens: int, launch: Launch, mass_of: tuple[int, torch.dtype] | None
+) -> Workspace:
+    """Return the memory of an attention of query [B,H,D] over some tokens; mass_of: stored tokens, dtype of weights."""
+    B, H, D = query.shape
+    slots = count_sms(query.device) * launch.programs_per_sm
+    splits = count_splits(B * num_groups, -(-num_tokens // launch.tile), slots)
+    split_tokens = -(-num_tokens // splits // launch.tile) * launch.tile
+    splits = -(-num_tokens // split_tokens)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device=query.device)
+
+    weights = tile_max = None
+    if mass_of is not None:
+        S, dtype = mass_of
+        weights = empty(B, num_groups, H // num_groups, S, dtype=dtype)
+        tile_max = empty(B, num_groups, H // num_groups, -(-S // launch.tile))
+    return Workspace(split_tokens, empty(B, H, splits, D), empty(B, H, splits), weights, tile_max)
+
+
 def merge_splits(
-    partial: torch.Tensor, partial_lse: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return output [B,H,D] in `dtype` and natural log-sum-exps [B,H], given [B,H,splits,D] and [B,H,splits]."""
-    B, H, splits, D = partial.shape
-    output = torch.empty(B, H, D, dtype=dtype, device=partial.device)
-    lse = torch.empty(B, H, dtype=torch.float32, device=partial.device)
+    written: Workspace, dtype: torch.dtype, lengths: torch.Tensor | None, tile: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return output [B,H,D] in `dtype`, natural log-sum-exp [B,H], and mass [B,G,S] summed over a group, or None."""
+    B, H, splits, D = written.partial.shape
+    output = torch.empty(B, H, D, dtype=dtype, device=written.partial.device)
+    lse = torch.empty(B, H, dtype=torch.float32, device=written.partial.device)
     sizes = {"D": D, "COLUMNS": next_power(D), "SPLITS": next_power(splits)}
-    _merge[(B * H,)](partial, partial_lse, output, lse, splits, **sizes, num_warps=4)
-    return output, lse
-
-
-def normalise_mass(
-    weights: torch.Tensor, tile_max: torch.Tensor, lse: torch.Tensor, lengths: torch.Tensor | None, tile: int
-) -> torch.Tensor:
-    """Return the mass [B,G,S] summed over a group's heads, given weights [B,G,R,S] and maxima [B,G,R,tiles]."""
-    B, G, R, S = weights.shape
-    mass = torch.empty(B, G, S, dtype=torch.float32, device=weights.device)
+    _merge[(B * H,)](written.partial, written.partial_lse, output, lse, splits, **sizes, num_warps=4)
+    if written.weights is None or written.tile_max is None:
+        return output, lse, None
+    B, G, R, S = written.weights.shape
+    mass = torch.empty(B, G, S, dtype=torch.float32, device=output.device)
     _mass[(B * G, triton.cdiv(S, MASS_TOKENS))](
-        weights, tile_max, lse, lengths, mass, S, tile_max.shape[-1],
+        written.weights, written.tile_max, lse, lengths, mass, S, written.tile_max.shape[-1],
         R=R, TILE=tile, BLOCK=MASS_TOKENS, HAS_LENGTHS=lengths is not None, num_warps=4,
     )  # fmt: skip
-    return mass
+    return output, lse, mass
+
+
+def mask_strides(mask: torch.Tensor | None) -> tuple[int, int]:
+    """Return the strides of a mask [B,1|G,S] over B and G, 0 where all heads share it."""
+    return (0, 0) if mask is None else (mask.stride(0), mask.stride(1) if mask.shape[1] > 1 else 0)

@@ -29,5 +29,4 @@ def nan_memory(monkeypatch):
 @pytest.fixture
 def three_splits(monkeypatch):
     """Split tokens as a GPU with many multiprocessors would."""
-    for name in ("decode_attention", "decode_codes"):
-        monkeypatch.setattr(f"pikv_kernels.{name}.count_splits", lambda heads, tiles, sms: min(3, tiles))
+    monkeypatch.setattr("pikv_kernels.split_tokens.count_splits", lambda heads, tiles, slots: min(3, tiles))

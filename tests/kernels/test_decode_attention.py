@@ -170,6 +170,10 @@ def test_slices_of_larger_buffers_are_read_in_place(device):
     check(query, by_token, 4e-3)
 
 
+def test_a_query_of_another_dtype_than_the_store(device):
+    check(seeded(B, 4 * G, 64, device=device, seed=9), full_store(70, 64, torch.float16, device), 4e-3)
+
+
 def test_splits_fill_the_multiprocessors():
     assert count_splits(1, 1, 132) == 1
     assert count_splits(128, 512, 264) * 128 <= 264
@@ -177,7 +181,7 @@ def test_splits_fill_the_multiprocessors():
         for tiles in (1, 3, 64, 512):
             splits = count_splits(heads, tiles, 132)
             assert 1 <= splits <= tiles
-    assert count_splits(8, 512, 132) * 8 > 132  # few heads: more than one split a multiprocessor
+    assert 120 <= count_splits(8, 512, 132) * 8 <= 132  # few heads: one wave that leaves few places free
 
 
 def test_the_kernels_tiles_divide_what_scales_share():

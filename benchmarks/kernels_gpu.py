@@ -46,6 +46,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 16
 FLUSHED_BYTES = 256 * 2**20
 HIGHEST_E4M3 = 448.0
+OTHER_SHAPES = (
+    (64, 8, ("float32", "float16", "int8", "int4")),
+    (80, 1, ("bfloat16", "int4")),
+    (256, 16, ("bfloat16", "fp8", "int8")),
+)
 TARGETS_US = {
     "decode bfloat16": 590,
     "decode int8": 350,
@@ -134,9 +139,12 @@ def differ(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
     return (apart.norm() / norm).item(), apart.abs().max().item() if apart.numel() else 0.0
 
 
-def check_store(inputs: Inputs, store: Store, query: torch.Tensor, tolerance: float) -> Iterator[dict[str, Any]]:
+def check_store(
+    inputs: Inputs, store: Store, query: torch.Tensor, tolerance: float, plainly: bool = True
+) -> Iterator[dict[str, Any]]:
     """Compare decoding with its definition: plainly, and with lengths, a mask and the mass."""
-    for options in ({}, {"lengths": inputs.lengths, "mask": inputs.mask, "with_mass": True}):
+    everything = {"lengths": inputs.lengths, "mask": inputs.mask, "with_mass": True}
+    for options in ({}, everything) if plainly else (everything,):
         expected = define_decode_attention(query, store, inputs.scale, **options)  # type: ignore[arg-type]
         found = decode_attention(query, store, inputs.scale, **options, backend="triton")  # type: ignore[arg-type]
         for part, allowed in (("output", tolerance), ("lse", 1e-3), ("mass", tolerance)):
@@ -176,21 +184,21 @@ def check_compact(inputs: Inputs) -> Iterator[dict[str, Any]]:
     yield {"what": "share of wrong numbers", "relative": wrong, "max": 0.0, "right": wrong == 0.0}
 
 
-def check_shape(D: int, R: int, tokens: int) -> Iterator[dict[str, Any]]:
-    """Check all stores at another head dim and group."""
+def check_shape(D: int, R: int, tokens: int, stores: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Check some stores at another head dim and group."""
     inputs = Inputs(2, 2, R, tokens, D, 3)
-    exact = FullKV(*(x.float() for x in inputs.full))
-    halves = FullKV(*(x.half() for x in inputs.full))
-    stores = {
-        "float32": (exact, inputs.query.float(), 1e-3),
-        "float16": (halves, inputs.query.half(), 1e-2),
-        "bfloat16": (inputs.full, inputs.query, 1e-2),
-        "fp8": (inputs.float8, inputs.query, 1e-2),
-        "int8": (inputs.int8, inputs.query, 1e-2),
-        "int4": (inputs.int4, inputs.query, 1e-2),
+    known: dict[str, tuple[Callable[[], Store], torch.dtype]] = {
+        "float32": (lambda: FullKV(*(x.float() for x in inputs.full)), torch.float32),
+        "float16": (lambda: FullKV(*(x.half() for x in inputs.full)), torch.float16),
+        "bfloat16": (lambda: inputs.full, torch.bfloat16),
+        "fp8": (lambda: inputs.float8, torch.bfloat16),
+        "int8": (lambda: inputs.int8, torch.float16),
+        "int4": (lambda: inputs.int4, torch.float32),
     }
-    for name, (store, query, tolerance) in stores.items():
-        for row in check_store(inputs, store, query, tolerance):
+    for name in stores:
+        make, dtype = known[name]
+        tolerance = 1e-3 if name == "float32" else 1e-2
+        for row in check_store(inputs, make(), inputs.query.to(dtype), tolerance, plainly=False):
             yield row | {"what": f"{name} {row['what']}"}
 
 
@@ -386,8 +394,9 @@ class Run:
             known = {row["op"]: row["us"] for row in self.state["times"]}
             row = {"op": name, "us": median, "bytes": moved, "launched": how, "target_us": TARGETS_US.get(name)}
             row["of_copy"] = moved / median / 1e6 / self.state["copy_tb_per_s"]
+            attends = name.startswith(("SDPA", "decode", "attend", "quest"))
             for peer in ("SDPA enable_gqa", "SDPA folded"):
-                row[f"times {peer}"] = known[peer] / median if peer in known else None
+                row[f"times {peer}"] = known[peer] / median if attends and peer in known else None
             ratios = "  ".join(
                 f"{ratio:5.2f}x {peer}"
                 for peer in ("SDPA enable_gqa", "SDPA folded")
@@ -438,10 +447,14 @@ def main() -> None:
         if arguments.tiny
         else Inputs(arguments.batch, 8, 4, arguments.tokens, 128, arguments.pages)
     )
-    do_checks(run, inputs, arguments.tiny)
+    do_checks(run, inputs)
     print("times:", flush=True)
     for operation in timed_ops(inputs):
         run.time(*operation)
+    print("checks at other shapes:", flush=True)
+    for D, R, stores in OTHER_SHAPES:
+        tokens = 192 if arguments.tiny else 4096
+        run.check(f"head dim {D}, group {R}", lambda D=D, R=R, stores=stores, S=tokens: check_shape(D, R, S, stores))
     do_cuts(run, inputs)
     for choice in backend_report():
         print(f"backend: {choice.op} on {choice.device}, {choice.dtype}: {choice.backend} ({choice.reason})")
@@ -452,7 +465,7 @@ def main() -> None:
     sys.exit(bool(wrong or run.state["errors"]))
 
 
-def do_checks(run: Run, inputs: Inputs, tiny: bool) -> None:
+def do_checks(run: Run, inputs: Inputs) -> None:
     """Compare every kernel with its definition."""
     print("checks against the definitions:", flush=True)
     for name, store in (("bfloat16", "full"), ("fp8", "float8"), ("int8", "int8"), ("int4", "int4")):
@@ -461,8 +474,6 @@ def do_checks(run: Run, inputs: Inputs, tiny: bool) -> None:
     for bits in (8, 4):
         run.check(f"quantise int{bits}", lambda bits=bits: check_quantize(inputs, bits))
     run.check("compact", lambda: check_compact(inputs))
-    for D, R in ((64, 8),) if tiny else ((64, 8), (80, 1), (256, 16)):
-        run.check(f"head dim {D}, group {R}", lambda D=D, R=R: check_shape(D, R, 192 if tiny else 4096))
 
 
 def do_cuts(run: Run, inputs: Inputs) -> None:

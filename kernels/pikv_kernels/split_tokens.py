@@ -143,7 +143,8 @@ def merge_splits(
     output = torch.empty(B, H, D, dtype=dtype, device=written.partial.device)
     lse = torch.empty(B, H, dtype=torch.float32, device=written.partial.device)
     sizes = {"D": D, "COLUMNS": next_power(D), "SPLITS": next_power(splits)}
-    _merge[(B * H,)](written.partial, written.partial_lse, output, lse, splits, **sizes, num_warps=4)
+    num_warps = min(16, max(4, sizes["COLUMNS"] * sizes["SPLITS"] // 2048))
+    _merge[(B * H,)](written.partial, written.partial_lse, output, lse, splits, **sizes, num_warps=num_warps)
     if written.weights is None or written.tile_max is None:
         return output, lse, None
     B, G, R, S = written.weights.shape

@@ -37,6 +37,6 @@ def test_at_the_shapes_of_llama():
 
 @pytest.mark.slow
 def test_on_two_architectures_at_other_head_dims_and_groups():
-    rows = compiled("--arch", "80", "90", "--head-dim", "64", "80", "128", "256", "--group", "1", "8", "16")
+    rows = compiled("--arch", "80", "90", "--head-dim", "64", "80", "256", "--group", "1", "16")
     check(rows, "loop_spills")  # a value or two may be set aside for what follows the loop
-    assert len(rows) == 2 * 4 * 3 * 17
+    assert len(rows) == 2 * 3 * 2 * 17

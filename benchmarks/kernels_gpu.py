@@ -220,6 +220,7 @@ def measure(call: Callable[[], Any], repeats: int = 25) -> tuple[float, str]:
     except RuntimeError as error:
         print(f"    no graph: {str(error).splitlines()[0]}", flush=True)
         torch.cuda.synchronize()
+    run()
     flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=DEVICE)
     times = []
     for _ in range(repeats):

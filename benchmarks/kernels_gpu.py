@@ -19,9 +19,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ os.environ["TRITON_INTERPRET"] = "1" if "--tiny" in sys.argv and not torch.cuda.
 
 import triton
 
+from pikv_kernels import compact as compact_kernel
 from pikv_kernels import decode_attention as full_kernel
 from pikv_kernels import decode_codes as codes_kernel
 from pikv_kernels.attend_pages import attend_pages, define_attend_pages
@@ -299,11 +300,22 @@ def timed_ops(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Callable[[], A
     yield "compact half", move, lambda: bytes_of(*inputs.full) + 2 * bytes_of(inputs.keep_half)
 
 
-Cut = tuple[str, Any, str, Launch, Callable[[], Any]]
+class Cut(NamedTuple):
+    """Another way to cut a kernel: what is timed, and the constants of a module meanwhile."""
+
+    op: str
+    call: Callable[[], Any]
+    module: Any
+    constants: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        told = (value[1:] if isinstance(value, Launch) else value for value in self.constants.values())
+        return ", ".join(str(value) for value in told)
 
 
 def cuts(inputs: Inputs) -> Iterator[Cut]:
-    """Yield other ways to cut the kernels: a label, the module and name of the launch, the launch, what is timed."""
+    """Yield other cuts: (warps, tiles ahead, programs a multiprocessor), or bytes and tokens of a block."""
 
     def decode(store: str) -> Callable[[], Any]:
         return lambda: decode_attention(inputs.query, getattr(inputs, store), inputs.scale, backend="triton")
@@ -321,9 +333,21 @@ def cuts(inputs: Inputs) -> Iterator[Cut]:
     for name, (module, constant, call, tried) in grid.items():
         standing = getattr(module, constant)
         for factor in (2, 4):
-            yield name, module, constant, standing._replace(programs_per_sm=factor * standing.programs_per_sm), call
+            launch = standing._replace(programs_per_sm=factor * standing.programs_per_sm)
+            yield Cut(name, call, module, {constant: launch})
         for num_warps, num_stages, programs in tried:
-            yield name, module, constant, Launch(standing.tile, num_warps, num_stages, programs), call
+            yield Cut(name, call, module, {constant: Launch(standing.tile, num_warps, num_stages, programs)})
+    for block_bytes, block_tokens in ((64, 64), (64, 256), (128, 64), (128, 128), (256, 64)):
+        constants = {"BLOCK_BYTES": block_bytes, "BLOCK_TOKENS": block_tokens}
+        yield Cut(
+            "compact half, keys", lambda: compact(moved(inputs), inputs.keep_half, "triton"), compact_kernel, constants
+        )
+
+
+@lru_cache(maxsize=1)
+def moved(inputs: Inputs) -> torch.Tensor:
+    """Return a copy of the keys that tokens are moved in."""
+    return inputs.full.keys.clone()
 
 
 class Run:
@@ -479,21 +503,20 @@ def do_checks(run: Run, inputs: Inputs) -> None:
 
 def do_cuts(run: Run, inputs: Inputs) -> None:
     """Time the decoding kernels in other cuts."""
-    print("other cuts (warps, stages, programs a multiprocessor):", flush=True)
+    print("other cuts (warps, tiles ahead, programs a multiprocessor; bytes, tokens of a block):", flush=True)
     for cut in cuts(inputs):
 
         def work(cut: Cut = cut) -> None:
-            name, module, constant, launch, call = cut
-            standing = getattr(module, constant)
-            setattr(module, constant, launch)
+            standing = {name: getattr(cut.module, name) for name in cut.constants}
+            vars(cut.module).update(cut.constants)
             try:
-                median, _ = measure(call, repeats=15)
+                median, _ = measure(cut.call, repeats=15)
             finally:
-                setattr(module, constant, standing)
-            print(f"  {name:18} {launch[1:]!s:12} {median:9.1f} us", flush=True)
-            run.state["cuts"].append({"op": name, "us": median} | launch._asdict())
+                vars(cut.module).update(standing)
+            print(f"  {cut.op:18} {cut.label:12} {median:9.1f} us", flush=True)
+            run.state["cuts"].append({"op": cut.op, "cut": cut.label, "us": median})
 
-        run.step(f"cut {cut[0]} {cut[3]}", work)
+        run.step(f"cut {cut.op} {cut.label}", work)
 
 
 if __name__ == "__main__":

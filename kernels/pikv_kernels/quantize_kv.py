@@ -73,7 +73,8 @@ def quantize(values: torch.Tensor, dim: int, bits: int) -> tuple[torch.Tensor, t
     exact = values.float()
     zero = _rounded(exact.amin(dim, keepdim=True), -torch.inf)
     span = exact.amax(dim, keepdim=True) - zero.float()
-    scale = _rounded((span / highest_code).clamp(min=2.0**-24), torch.inf)
+    # By a tensor: a GPU multiplies by the inverse of a Python number, and scales would depend on the device.
+    scale = _rounded((span / span.new_full((), highest_code)).clamp(min=2.0**-24), torch.inf)
     codes = (exact - zero.float()).div_(scale.float()).round_().clamp_(0, highest_code)
     return codes.to(torch.uint8 if bits <= 8 else torch.int32), scale, zero
 

@@ -87,8 +87,15 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, dty
 def _rounded(exact: torch.Tensor, towards: float) -> torch.Tensor:
     """Round to float16 in one direction, so that no value of the group falls outside the codes."""
     near = exact.to(torch.float16)
-    beyond = near.float() < exact if towards > 0 else near.float() > exact
-    return torch.where(beyond, torch.nextafter(near, near.new_tensor(towards)), near)
+    # By its bits, since not every device has float16's nextafter: those below zero count away from it.
+    bits = near.view(torch.int16)
+    if towards > 0:
+        beyond = near.float() < exact
+        neighbour = torch.where(bits < 0, bits - 1, bits + 1).masked_fill_(near == 0, 1)
+    else:
+        beyond = near.float() > exact
+        neighbour = torch.where(bits < 0, bits + 1, bits - 1).masked_fill_(near == 0, -(2**15) + 1)
+    return torch.where(beyond, neighbour, bits).view(torch.float16)
 
 
 @jit

@@ -5,7 +5,7 @@ import torch
 from kernel_checks import DTYPES, seeded
 
 from pikv_kernels.pack_bits import unpack
-from pikv_kernels.quantize_kv import dequantize_kv, quantize_kv
+from pikv_kernels.quantize_kv import _rounded, dequantize_kv, quantize_kv
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 B, G = 2, 1
@@ -68,3 +68,17 @@ def test_numbers_within_larger_buffers_are_read_in_place(device):
     found = quantize_kv(keys[:, :, 64:128], values.transpose(1, 2)[:, 64:128].transpose(1, 2), 4, backend="triton")
     expected = quantize_kv(keys[:, :, 64:128].clone(), values[:, :, 64:128].clone(), 4, backend="triton")
     assert all(torch.equal(x, y) for x, y in zip(found, expected))
+
+
+@pytest.mark.parametrize("towards", [torch.inf, -torch.inf])
+def test_rounding_in_one_direction_equals_nextafter(towards):
+    halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    halves = halves[halves.isfinite()]
+    for factor in (1.0, 1.0 + 2.0**-14, 1.0 - 2.0**-14):
+        exact = halves.float() * factor
+        near = exact.half()
+        beyond = near.float() < exact if towards > 0 else near.float() > exact
+        expected = torch.where(beyond, torch.nextafter(near, torch.full_like(near, towards)), near)
+        assert torch.equal(_rounded(exact, towards), expected)
+    tiny = torch.tensor([1e-9, -1e-9])
+    assert _rounded(tiny, towards).tolist() == ([2.0**-24, 0.0] if towards > 0 else [0.0, -(2.0**-24)])

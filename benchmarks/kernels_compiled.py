@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
-os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+CACHE = tempfile.TemporaryDirectory()
+os.environ["TRITON_CACHE_DIR"] = CACHE.name
 sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
 
 import torch

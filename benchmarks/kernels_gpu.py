@@ -16,6 +16,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -455,7 +456,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=140, help="begin no step after these")
     parser.add_argument("--json", help="write everything there, after every step")
     parser.add_argument("--tiny", action="store_true", help="small tensors")
-    parser.add_argument("--state", default=f"/tmp/kernels_gpu_{os.getpid()}.json", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--state", default=f"{tempfile.gettempdir()}/kernels_gpu_{os.getpid()}.json", help=argparse.SUPPRESS
+    )
     parser.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if DEVICE == "cpu" and not arguments.tiny:

@@ -325,8 +325,8 @@ def cuts(inputs: Inputs) -> Iterator[Cut]:
         return attend_pages(inputs.query, inputs.full, inputs.pages, PAGE, inputs.scale, backend="triton")
 
     grid = {
-        "decode int4": (codes_kernel, "FEW_HEADS", decode("int4"), ((2, 3, 4), (2, 4, 6), (4, 3, 3), (2, 2, 6))),
-        "decode int8": (codes_kernel, "FEW_HEADS", decode("int8"), ((2, 3, 4), (2, 4, 4), (4, 3, 3), (4, 2, 4))),
+        "decode int4": (codes_kernel, "FEW_HEADS_4_BITS", decode("int4"), ((2, 3, 4), (2, 4, 6), (4, 3, 3), (2, 2, 6))),
+        "decode int8": (codes_kernel, "FEW_HEADS_8_BITS", decode("int8"), ((2, 3, 6), (2, 4, 4), (4, 3, 3), (4, 2, 4))),
         "decode bfloat16": (full_kernel, "WHOLE", decode("full"), ((4, 3, 2), (4, 2, 4), (2, 3, 3), (8, 3, 3))),
         "attend pages": (full_kernel, "PAGES", pages, ((2, 2, 4), (4, 3, 3), (4, 4, 2), (2, 3, 1))),
         "decode fp8": (full_kernel, "WHOLE", decode("float8"), ((4, 4, 3), (2, 3, 4), (8, 3, 3))),

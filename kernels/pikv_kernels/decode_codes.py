@@ -25,7 +25,8 @@ from pikv_kernels.split_tokens import (
 )
 
 LEAST_ROWS = 8  # query heads of a program: columns of a product on the matrix units
-FEW_HEADS = Launch(tile=GROUP_TOKENS, num_warps=2, num_stages=3, programs_per_sm=6)
+FEW_HEADS_4_BITS = Launch(tile=GROUP_TOKENS, num_warps=2, num_stages=3, programs_per_sm=6)
+FEW_HEADS_8_BITS = FEW_HEADS_4_BITS._replace(programs_per_sm=4)  # for their registers
 # More query heads or channels take more registers, which more warps share.
 MANY_HEADS = Launch(tile=GROUP_TOKENS, num_warps=4, num_stages=3, programs_per_sm=3)
 MOST_HEADS = Launch(tile=GROUP_TOKENS, num_warps=8, num_stages=3, programs_per_sm=1)
@@ -265,7 +266,8 @@ def decode_codes(
     G, S = store.key_codes.shape[1:3]
     query, store = query.contiguous(), QuantizedKV(*(part.contiguous() for part in store))
     rows = next_power(H // G, LEAST_ROWS)
-    launch = (FEW_HEADS, MANY_HEADS, MOST_HEADS)[(rows > LEAST_ROWS) + (D > 128)]
+    few_heads = FEW_HEADS_4_BITS if store.bits == 4 else FEW_HEADS_8_BITS
+    launch = (few_heads, MANY_HEADS, MOST_HEADS)[(rows > LEAST_ROWS) + (D > 128)]
     space = plan_splits(query, G, S, launch, (S, torch.float16) if with_mass else None)
     _attend_split[(B * G, space.num_splits)](
         query, store.key_codes.view(torch.int16), store.key_scale, store.key_zero,

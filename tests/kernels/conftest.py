@@ -1,0 +1,32 @@
+"""Run a kernel's tests on the CPU and the GPU, with fresh memory that is not zero."""
+
+import pytest
+import torch
+from kernel_checks import DEVICES
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """The CPU under Triton's interpreter, and the GPU where there is one."""
+    return request.param
+
+
+@pytest.fixture
+def nan_memory(monkeypatch):
+    """Fill what `torch.empty` and `new_empty` return with NaN, or 0xA5 bytes, so that what nobody wrote is seen."""
+
+    def filled(make):
+        def made(*arguments, **options):
+            tensor = make(*arguments, **options)
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else 0xA5)
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", filled(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def three_splits(monkeypatch):
+    """Split tokens as a GPU with many multiprocessors would."""
+    monkeypatch.setattr("pikv_kernels.split_tokens.count_splits", lambda heads, tiles, slots: min(3, tiles))

@@ -81,15 +81,16 @@ def test_other_attentions_and_allocations_too(arch, allocation, small_model, tra
 @pytest.mark.parametrize("budget", [24, 0.6])
 def test_quest_reads_the_pages_that_the_model_reads(budget, small_model, traces, monkeypatch):
     seen = []
-    original = Lane._read
+    original = Lane._pages
 
-    def read(lane, store, query, capacity):
+    def pages(lane, store, query, capacity):
         picked = original(lane, store, query, capacity)
         if lane.plan.run.index == 0:
-            seen.append(sorted(at for at in picked.position[0, 0].tolist() if at >= 0))
+            read = store if picked is None else store.pages(picked, lane.plan.page)
+            seen.append(sorted(at for at in read.position[0, 0].tolist() if at >= 0))
         return picked
 
-    monkeypatch.setattr(Lane, "_read", read)
+    monkeypatch.setattr(Lane, "_pages", pages)
     recipe = CacheRecipe(policy=Component("quest", OPTIONS["quest"]), budget=budget)
     list(run(small_model("llama"), recipe))
     real = [*seen]

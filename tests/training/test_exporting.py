@@ -365,7 +365,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("to", "cls", "given", "family"), CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
+@pytest.mark.parametrize(
+    ("to", "cls", "given", "family"),
+    [
+        pytest.param(*case, id=f"{case[0]}-{case[1]}", marks=[] if "Causal" in case[1] else pytest.mark.slow)
+        for case in CASES
+    ],
+)
 def test_a_process_that_never_imports_us_gets_the_same_logits(to, cls, given, family, tmp_path):
     model = our_model(cls, **given)
     model.save_pretrained(tmp_path / "ours")

@@ -45,8 +45,9 @@ def main() -> None:
     """Run the command line; exit with 2 for usage and recipes, 1 for every other error."""
     # A thread that waits spins briefly, then sleeps: spinning on, it starves its partners on a busy machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # What torch warns of where processes train together is not for those who started them.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # What data parallelism warns of, once for each process, is not for those who started them.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         code = app(standalone_mode=False)
     except PiKVError as error:

@@ -66,6 +66,7 @@ def run(recipe: TrainRecipe, run: Run) -> TrainResult | None:
 def _train(recipe: TrainRecipe, run: Run, chosen: hardware.Hardware, team: Team) -> TrainResult | None:
     settings = recipe.train
     lesson, tokenizer = open_lesson(recipe, run.reporter)
+    team.check_rows(lesson, recipe.seed, settings.curriculum)
     curriculum = Curriculum(settings, lesson.has_answers)
     torch.manual_seed(recipe.seed)
     model = start_model(recipe, lesson)

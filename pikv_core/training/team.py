@@ -160,6 +160,11 @@ class Team:
         dist.all_reduce(square, group=self._mesh["experts"].get_group())
         return (norm.square() + square).sqrt()
 
+    def check_rows(self, lesson: Lesson, seed: int, lengths: Iterable[int]) -> None:
+        """Raise UsageError where a step at one of the lengths, perhaps hours away, does not divide by the ranks."""
+        for length in lengths if self.count > 1 else ():
+            self.rows(lesson.batch(seed, 0, length))
+
     def rows(self, batch: Any) -> Any:
         """Return this rank's rows of a batch, whose arrays all have a row for each sample."""
         return batch if self.count == 1 else _part(batch, self.rank, self.count)

@@ -223,11 +223,18 @@ def test_a_rank_that_dies_ends_the_run_with_an_error_and_a_checkpoint(tmp_path):
     assert load_checkpoint(folder).step >= 1
 
 
-def test_processes_that_do_not_divide_are_refused(tmp_path):
-    process = torchrun(2, *arguments("train.parallel.expert_ranks=3", out=tmp_path / "run"))
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.parallel.expert_ranks=3", "train.parallel.expert_ranks: 2 processes do not divide into groups of 3"),
+        ("train.batch_tokens=96", "train.batch_tokens: a step of 3 samples does not divide by 2 ranks"),
+    ],
+)
+def test_what_does_not_divide_is_refused_before_anything_is_written(tmp_path, setting, message):
+    process = torchrun(2, *arguments(setting, out=tmp_path / "run"))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "train.parallel.expert_ranks: 2 processes do not divide into groups of 3" in errors
+    assert errors.count(f"error: {message}") == 1 and "hint: " in errors
     assert not (tmp_path / "run").exists()
 
 

@@ -45,5 +45,12 @@ def test_a_shipped_recipe_opens_with_its_command(file):
     assert f"--recipe {file.relative_to(ROOT).as_posix()}" in "\n".join(opening)
 
 
+@pytest.mark.parametrize("file", [file for file in FILES if verb_of(file) == "train"], ids=lambda file: file.stem)
+def test_two_processes_share_every_step_of_a_shipped_recipe(file):
+    settings = load("train", file).train
+    for length in getattr(settings, "curriculum", ()):
+        assert settings.batch_tokens // length % 2 == 0, length
+
+
 def test_there_are_recipes_to_train():
     assert (ROOT / "recipes" / "train" / "recall-tiny.yaml") in FILES

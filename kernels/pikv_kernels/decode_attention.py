@@ -157,11 +157,11 @@ def _from_e4m3(codes, PLAIN: tl.constexpr):
 @jit
 def _attend_split(
     query, keys, values, key_scale, value_scale, pages, lengths, mask, partial, partial_lse, probs,
-    num_tokens, num_listed, split_tokens, scale, softcap, G, unit_tokens, stride_kb, stride_kg, stride_kt,
+    num_tokens, num_listed, split_tokens, scale, softcap, G, stride_kb, stride_kg, stride_kt,
     stride_vb, stride_vg, stride_vt, stride_mb, stride_mg,
     R: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
     PAGE: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CAP: tl.constexpr,
-    FLOAT8: tl.constexpr, WITH_PROBS: tl.constexpr, UPCAST: tl.constexpr,
+    UNIT: tl.constexpr, WITH_PROBS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # One program a key/value head and split. Walked are listed tokens: those of the pages, or all (PAGE 0).
     head = tl.program_id(0).to(tl.int64)
@@ -170,7 +170,7 @@ def _attend_split(
     real, inside = row < R, column < D
     there = real[:, None] & inside[None, :]
     q = tl.load(query + (head * R + row[:, None]) * D + column[None, :], mask=there, other=0.0)
-    if FLOAT8:
+    if UNIT:  # e4m3, whose scales that many tokens share
         q = q.to(tl.float16)
         scale *= 256.0
     else:
@@ -205,12 +205,13 @@ def _attend_split(
             stored = seen[:, None] & inside[None, :]
         k = tl.load(keys + token[:, None] * stride_kt + column[None, :], mask=stored, other=0)
         v = tl.load(values + token[:, None] * stride_vt + column[None, :], mask=stored, other=0)
-        tile_scale = scale
-        if FLOAT8:
-            unit = head * (num_tokens // unit_tokens) + start // unit_tokens
-            tile_scale *= tl.load(key_scale + unit)
+        if UNIT:
+            unit = head * (num_tokens // UNIT) + token // UNIT
             k, v = _from_e4m3(k, UPCAST), _from_e4m3(v, UPCAST)
-        logits = dot(q, tl.trans(k), UPCAST) * tile_scale
+            own_scale = tl.load(key_scale + unit, mask=seen, other=0.0) * scale
+            logits = dot(q, tl.trans(k), UPCAST) * own_scale[None, :]
+        else:
+            logits = dot(q, tl.trans(k), UPCAST) * scale
         if HAS_CAP:
             logits = cap(logits, softcap)
         logits = tl.where(seen[None, :], logits, float("-inf"))
@@ -222,11 +223,9 @@ def _attend_split(
         fade = tl.exp2(highest - higher)
         highest = higher
         total = total * fade + tl.sum(weight, 1)
-        if FLOAT8:
-            unit_scale = tl.load(value_scale + unit) * 256.0
-            output = output * fade[:, None] + dot(weight.to(tl.float16), v, UPCAST) * unit_scale
-        else:
-            output = output * fade[:, None] + dot(weight.to(v.dtype), v, UPCAST)
+        if UNIT:
+            weight *= tl.load(value_scale + unit, mask=seen, other=0.0)[None, :] * 256.0
+        output = output * fade[:, None] + dot(weight.to(v.dtype), v, UPCAST)
     output = output / tl.where(total > 0, total, 1.0)[:, None]
     at = (head * R + row) * tl.num_programs(1) + split
     tl.store(partial + at[:, None] * D + column[None, :], output, mask=there)
@@ -271,15 +270,13 @@ def attend_on_gpu(
         key_scale, value_scale = store.key_scale.contiguous(), store.value_scale.contiguous()
         unit_tokens = keys.shape[2] // max(1, key_scale.shape[2])
     else:
-        (keys, values), key_scale, value_scale, unit_tokens = store, None, None, WHOLE.tile
+        (keys, values), key_scale, value_scale, unit_tokens = store, None, None, 0
     (B, G, R, D), S = query.shape, keys.shape[2]
     query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (query.contiguous(), keys, values))
     exact = keys.dtype == torch.float32
     rows = next_power(R, 1 if exact else LEAST_ROWS)
     launch = _launch(rows, D, keys.dtype, pages is not None)
     tile = launch.tile
-    if unit_tokens % tile:
-        raise ValueError(f"the kernel reads scales that {tile} tokens share or a multiple of it, got {unit_tokens}")
     listed = S if pages is None else pages.shape[2] * page_tokens
     if listed * S * B * G == 0:
         return see_nothing(query, S, with_probs)
@@ -293,11 +290,11 @@ def attend_on_gpu(
     _attend_split[(B * G, space.num_splits)](
         query, keys, values, key_scale, value_scale, pages, lengths,
         visible if visible is None else visible.view(torch.uint8), *space[1:],
-        S, listed, space.split_tokens, scale * LOG2E, (softcap or 0.0) * LOG2E, G, unit_tokens,
+        S, listed, space.split_tokens, scale * LOG2E, (softcap or 0.0) * LOG2E, G,
         *keys.stride()[:3], *values.stride()[:3], *mask_strides(visible),
         R=R, ROWS=rows, D=D, COLUMNS=next_power(D, LEAST_CHANNELS), TILE=tile,
         PAGE=page_tokens, HAS_LENGTHS=lengths is not None, HAS_MASK=visible is not None, HAS_CAP=softcap is not None,
-        FLOAT8=key_scale is not None, WITH_PROBS=with_probs, UPCAST=INTERPRETED,
+        UNIT=unit_tokens, WITH_PROBS=with_probs, UPCAST=INTERPRETED,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     return merge_splits(space, query.dtype, lengths)

@@ -4,10 +4,9 @@ import pytest
 import torch
 from kernel_checks import DTYPES, TOLERANCE, assert_near, seeded
 
-from pikv_kernels import decode_attention as module
 from pikv_kernels.attend_tokens import attend_tokens
-from pikv_kernels.decode_attention import Float8KV, FullKV, decode_attention, to_float32
-from pikv_kernels.partial_attention import Partial
+from pikv_kernels.decode_attention import Float8KV, FullKV, attend_on_gpu, decode_attention, to_float32
+from pikv_kernels.partial_attention import Partial, partial_attention
 from pikv_kernels.split_tokens import count_splits
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -83,14 +82,20 @@ def test_groups_and_head_dims(D, R, dtype, device):
 
 
 @pytest.mark.usefixtures("three_splits")
-@pytest.mark.parametrize("D", [64, 128])
-def test_8_bit_floats(D, device):
-    check(seeded(B, 4 * G, D, device=device, seed=9), float8_store(192, D, device), 4e-3)
+@pytest.mark.parametrize(("D", "unit_tokens"), [(64, 64), (128, 64), (64, 16), (80, 48)])
+def test_8_bit_floats(D, unit_tokens, device):
+    check(seeded(B, 4 * G, D, device=device, seed=9), float8_store(192, D, device, unit_tokens), 4e-3)
 
 
-def test_8_bit_floats_whose_scales_a_tile_does_not_share_are_refused(device):
-    with pytest.raises(ValueError, match="64 tokens share"):
-        decode_attention(seeded(B, G, 64, device=device), float8_store(96, 64, device, 48), 1.0, backend="triton")
+def test_pages_of_8_bit_floats(device):
+    store, page = float8_store(192, 64, device, 48), 32
+    query = seeded(B, G, 4, 64, device=device, seed=9)
+    pages = torch.tensor([[[5, 0], [1, 3]], [[2, 4], [0, 1]]], device=device)
+    seen = torch.zeros(B, G, 6, dtype=torch.bool, device=device).scatter_(2, pages, True).repeat_interleave(page, 2)
+    found = attend_on_gpu(query, store, None, SCALE, pages=pages, page_tokens=page)
+    expected = partial_attention(query, *to_float32(store), seen[:, :, None], SCALE)
+    assert_near(found.output, expected.output, 4e-3)
+    assert_near(found.lse, expected.lse, 4e-3)
 
 
 def store_with_nan_beyond(lengths, S, D, where):
@@ -159,7 +164,3 @@ def test_splits_fill_the_multiprocessors():
             splits = count_splits(heads, tiles, 132)
             assert 1 <= splits <= tiles
     assert 120 <= count_splits(8, 512, 132) * 8 <= 132  # few heads: one wave that leaves few places free
-
-
-def test_the_kernels_tiles_divide_what_scales_share():
-    assert all(64 % launch.tile == 0 for launch in (module.WHOLE, module.FLOAT8, module.WIDE, module.EXACT_ROWS))

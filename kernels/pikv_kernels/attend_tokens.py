@@ -53,13 +53,17 @@ def attend_pages(
     scale: float,
     softcap: float | None,
     with_probs: bool = False,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Partial:
-    """Attend by numba over the pages int64 [B,G,K], without probs, or over all tokens; see `attend_tokens`."""
+    """Attend by numba over the pages int64 [B,G,K], without probs, or over all tokens; see `attend_tokens`.
+
+    scales: float32 [B,G,S/page_tokens] each, by which keys and values of a page are multiplied.
+    """
     from pikv_kernels.cpu_attend_tokens import make_kernel
-    from pikv_kernels.cpu_heads import attend_heads, by_head
+    from pikv_kernels.cpu_heads import NO_SCALES, attend_heads, by_head
 
     assert pages is None or not with_probs
     S, V = values.shape[2:]
     kernel = make_kernel(query.shape[2], query.shape[3], V, page_tokens)
-    stored = [by_head(keys), by_head(values)]
+    stored = [by_head(keys), by_head(values), *([NO_SCALES] * 2 if scales is None else map(by_head, scales))]
     return attend_heads(kernel, query, stored, pages, S, S, V, visible, scale, softcap, with_probs)

@@ -28,7 +28,7 @@ except ImportError:  # no wheels for this platform: the decorated functions are 
 # Read by Triton's decorators at import too. The interpreter multiplies bfloat16 bit patterns: kernels upcast under it.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 BACKENDS = ("torch", "triton")
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 LEAST_NUMBERS = 2**15  # stored keys from which numba's kernels are faster; calling one takes 40 µs
 
 
@@ -115,6 +115,8 @@ def _decide_newest(stored: torch.Tensor, backend: str | None, is_small: bool, le
         reason = f"no kernel for device '{stored.device.type}'"
     elif stored.dtype not in CPU_DTYPES:
         reason = f"no kernel for {str(stored.dtype).removeprefix('torch.')}"
+    elif stored.dtype is torch.float16 and not _cpu_reads_half():
+        reason = "this processor has no instruction for float16"
     elif learns:
         reason = "no kernel has gradients"
     if backend == "torch":
@@ -124,3 +126,9 @@ def _decide_newest(stored: torch.Tensor, backend: str | None, is_small: bool, le
     if reason:
         raise ValueError(f"backend 'numba': {reason}")
     return "numba", "forced" if backend else "a CPU and one new token"
+
+
+def _cpu_reads_half() -> bool:
+    from pikv_kernels.cpu_product import READS_HALF  # numba is loaded where a kernel is about to be
+
+    return READS_HALF

@@ -31,8 +31,8 @@ def attend_codes(
     """Attend query [B,G,R,D] over packed codes; `visible` bool [B,1|G,1,S], None for all.
 
     codes: key_codes [B,G,U,D,·] with key_scale and key_zero [B,G,U,D], value_codes [B,G,U,T,·] with value_scale and
-    value_zero [B,G,U,T,C]. units: int64 [B,G,K] to read, without probs; None for all. backend: "torch", "numba" or
-    "triton".
+    value_zero [B,G,U,T,C]. units: int64 [B,G,K] to read, without probs, where U and above are nothing; None for all.
+    backend: "torch", "numba" or "triton".
     """
     assert units is None or not with_probs
     backends = {"torch": define_attend_codes, "numba": _by_numba, "triton": decode_codes}
@@ -58,12 +58,14 @@ def define_attend_codes(
     units: torch.Tensor | None = None,
 ) -> Partial:
     """Do as `attend_codes` does, plainly: over what the codes stand for."""
-    T = codes["value_codes"].shape[3]
+    U, T = codes["value_codes"].shape[2:4]
     if units is not None:
+        is_held, units = (units < U)[..., None].expand(-1, -1, -1, T), units.clamp(max=U - 1)
         codes = {name: x.gather(2, _index(units, x.shape[3:])) for name, x in codes.items()}
         if visible is not None:
             by_unit = visible[:, :, 0].unflatten(-1, (-1, T)).expand(-1, units.shape[1], -1, -1)
-            visible = by_unit.gather(2, _index(units, (T,))).flatten(2)[:, :, None]
+            is_held = is_held & by_unit.gather(2, _index(units, (T,)))
+        visible = is_held.flatten(2)[:, :, None]
     return partial_attention(query, *decode(codes, bits, query.dtype), visible, scale, softcap, with_probs)
 
 
@@ -100,5 +102,4 @@ def _by_numba(
     kernel = make_kernel(query.shape[2], query.shape[3], V, C, T, bits)
     stored = [by_head(codes[f"{kind}_{part}"]) for kind in ("key", "value") for part in ("codes", "scale", "zero")]
     stored[4:] = [x.reshape(*x.shape[:2], T * C) for x in stored[4:]]
-    num_read = U if units is None else units.shape[2]
-    return attend_heads(kernel, query, stored, units, num_read, U * T, V, visible, scale, softcap, with_probs)
+    return attend_heads(kernel, query, stored, units, U, U * T, V, visible, scale, softcap, with_probs)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from pikv_kernels.backends import choose_for_newest
-from pikv_kernels.decode_attention import FullKV, attend_on_gpu, what_hinders
+from pikv_kernels.decode_attention import Float8KV, FullKV, attend_on_gpu, what_hinders
 from pikv_kernels.partial_attention import Partial, partial_attention
 
 BLOCK_TOKENS = 64
@@ -64,17 +64,21 @@ def attend_pages(
     softcap: float | None,
     with_probs: bool = False,
     backend: str = "numba",
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Partial:
-    """Attend by numba or Triton over the pages int64 [B,G,K], without probs, or all tokens; see `attend_tokens`."""
+    """Attend by numba or Triton over the pages int64 [B,G,K], without probs, or all tokens; see `attend_tokens`.
+
+    scales: float32 [B,G,U] each, by which keys and values of S/U tokens are multiplied; for numba U pages.
+    """
     if backend == "triton":
-        store = FullKV(keys, values)
+        store = FullKV(keys, values) if scales is None else Float8KV(keys, scales[0], values, scales[1])
         page_tokens = 0 if pages is None else page_tokens
         return attend_on_gpu(query, store, visible, scale, softcap, with_probs, None, pages, page_tokens)
     from pikv_kernels.cpu_attend_tokens import make_kernel
-    from pikv_kernels.cpu_heads import attend_heads, by_head
+    from pikv_kernels.cpu_heads import NO_SCALES, attend_heads, by_head
 
     assert pages is None or not with_probs
     S, V = values.shape[2:]
     kernel = make_kernel(query.shape[2], query.shape[3], V, page_tokens)
-    stored = [by_head(keys), by_head(values)]
+    stored = [by_head(keys), by_head(values), *([NO_SCALES] * 2 if scales is None else map(by_head, scales))]
     return attend_heads(kernel, query, stored, pages, S, S, V, visible, scale, softcap, with_probs)

@@ -31,7 +31,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 BACKENDS = ("torch", "triton")
 GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 LEAST_CAPABILITY = (8, 0)  # for bfloat16 on the matrix units
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 LEAST_NUMBERS = 2**15  # stored keys from which numba's kernels are faster; calling one takes 40 µs
 
 
@@ -143,6 +143,8 @@ def _decide_newest(
         reason = f"no kernel for device '{device}'"
     elif stored.dtype not in CPU_DTYPES:
         reason = unknown
+    elif stored.dtype is torch.float16 and not _cpu_reads_half():
+        reason = "this processor has no instruction for float16"
     elif is_small and backend is None and not learns:
         reason = "too few tokens for a kernel to pay"
     return _unless(reason, backend, "numba", "a CPU and one new token")
@@ -159,3 +161,9 @@ def _unless(reason: str | None, forced: str | None, backend: str, why: str) -> t
 
 def _told_forced(backend: str) -> str:
     return "forced, run by Triton's interpreter" if backend == "triton" and INTERPRETED else "forced"
+
+
+def _cpu_reads_half() -> bool:
+    from pikv_kernels.cpu_product import READS_HALF  # numba is loaded where a kernel is about to be
+
+    return READS_HALF

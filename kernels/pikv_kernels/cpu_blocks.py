@@ -69,6 +69,15 @@ def from_half(bits):
 
 
 @inlined
+def multiply(rows, factor, R, num_tokens):
+    """Multiply rows [R,T] by a number."""
+    for r in range(R):
+        row = rows[r]
+        for i in range(num_tokens):
+            row[i] *= factor
+
+
+@inlined
 def hide(logits, seen, R, num_tokens):
     """Take tokens that are not `seen` [T] from the logits [R,T]."""
     for r in range(R):

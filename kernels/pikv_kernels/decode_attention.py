@@ -243,7 +243,7 @@ def _launch(rows: int, head_dim: int, dtype: torch.dtype, by_pages: bool) -> Lau
 
 def what_hinders(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
     """Return why the kernel cannot attend query [B,G,R,D] over keys and values [B,G,S,D], None where it can."""
-    if keys.shape[3] > 256 or keys.shape != values.shape:
+    if query.shape[3] > 256 or keys.shape != values.shape:
         return "no kernel for these head dims"
     return None
 

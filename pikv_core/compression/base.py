@@ -139,3 +139,10 @@ class Codec(Observer, ABC):
 def sees_alike(query: torch.Tensor, visible: torch.Tensor | None) -> bool:
     """Tell whether query [B,G,Q,D] may be one new token's heads, which see the same of a store."""
     return query.shape[2] <= MOST_GROUP and (visible is None or visible.shape[2] == 1)
+
+
+def units_of_pages(pages: torch.Tensor, per_page: int) -> torch.Tensor:
+    """Return the units [B,G,K·per_page] of pages [B,G,K] of `per_page` units each."""
+    import torch
+
+    return (pages[..., None] * per_page + torch.arange(per_page, device=pages.device)).flatten(2)

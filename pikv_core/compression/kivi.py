@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from pikv_core.compression.base import Codec, sees_alike
+from pikv_core.compression.base import Codec, sees_alike, units_of_pages
 from pikv_core.compression.empty_slots import fill_empty
 from pikv_core.errors import PiKVError
 
@@ -65,14 +65,11 @@ class Kivi(Codec):
         scale: float,
         softcap: float | None,
     ) -> Partial | None:
-        import torch
-
         from pikv_kernels.attend_codes import attend_codes, choose_for_codes
 
         if choose_for_codes(query, encoded, self.bits) == "torch":
             return None
-        per_page = page_tokens // self.group
-        units = (pages[..., None] * per_page + torch.arange(per_page, device=pages.device)).flatten(2)
+        units = units_of_pages(pages, page_tokens // self.group)
         return attend_codes(query, encoded, self.bits, visible, scale, softcap, units=units)
 
 

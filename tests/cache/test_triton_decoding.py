@@ -16,13 +16,16 @@ RECIPES = {
     "full": {},
     "int8": {"codec": CODES | {"name": "int8"}},
     "int4": {"codec": CODES},
+    "fp8": {"codec": {"name": "fp8", "page": 32}},
     "h2o": {"policy": "h2o", "budget": 0.5},
     "quest": QUEST,
     "quest, int4": QUEST | {"codec": CODES},
+    "quest, fp8": QUEST | {"codec": {"name": "fp8", "page": 16}},
     "snapkv, int8": {"policy": {"name": "snapkv", "window": 16}, "budget": 0.5, "codec": FEW},
     "h2o, int8": {"policy": "h2o", "budget": 0.5, "codec": FEW},
 }
 OPS = {"full": {"attend_tokens"}, "h2o": {"attend_tokens"}, "quest": {"attend_pages", "page_scores"}}
+OPS |= {"fp8": {"attend_float8"}, "quest, fp8": {"attend_float8", "page_scores"}}
 QUICK = ("full", "quest, int4", "h2o, int8")
 
 

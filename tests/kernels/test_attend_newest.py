@@ -181,9 +181,9 @@ def test_the_choice_is_told_and_forced(monkeypatch):
     attend_tokens(query, keys[:, :, 1:], values[:, :, 1:], None, 0.3)
     with backends.forced("torch"):
         plain = attend_tokens(query, keys, values, None, 0.3)
-    with pytest.raises(ValueError, match="float16"):
-        attend_tokens(query.half(), keys.half(), values.half(), None, 0.3, backend="numba")
-    attend_tokens(query.half(), keys.half(), values.half(), None, 0.3)
+    with pytest.raises(ValueError, match="no kernel for float64"):
+        attend_tokens(query.double(), keys.double(), values.double(), None, 0.3, backend="numba")
+    attend_tokens(query.double(), keys.double(), values.double(), None, 0.3)
     monkeypatch.setattr(backends, "INTERPRETED", False)
     monkeypatch.setattr(backends, "_choices", dict(backends._choices))
     with pytest.raises(ValueError, match="backend 'triton' needs a GPU, the tensors are on 'cpu'"):
@@ -197,7 +197,7 @@ def test_the_choice_is_told_and_forced(monkeypatch):
         ("float32", "numba", "a CPU and one new token"),
         ("float32", "torch", "too few tokens for a kernel to pay"),
         ("float32", "torch", "forced"),
-        ("float16", "torch", "no kernel for float16"),
+        ("float64", "torch", "no kernel for float64"),
     }
     torch.testing.assert_close(by_default.output, plain.output, atol=1e-5, rtol=1e-5)
 

@@ -35,6 +35,10 @@ CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 LEAST_NUMBERS = 2**15  # stored keys from which numba's kernels are faster; calling one takes 40 µs
 
 
+class BackendError(ValueError):
+    """Tell that a forced backend is unknown or cannot run there."""
+
+
 class Choice(NamedTuple):
     """The backend of an operation on one kind of device and dtype, and the reason."""
 
@@ -52,7 +56,7 @@ _newest_forced: str | None = None
 def choose(op: str, tensor: torch.Tensor, backend: str | None = None, hindrance: str | None = None) -> str:
     """Return the backend for an operation over a tensor; `backend` forces one.
 
-    hindrance: why Triton cannot run it, None where it can. Raises ValueError where the forced one is unknown or cannot
+    hindrance: why Triton cannot run it, None where it can. Raises BackendError where the forced one is unknown or cannot
     run there.
     """
     if backend is None and _newest_forced in BACKENDS:
@@ -75,7 +79,7 @@ def choose_for_newest(
 ) -> str:
     """Return "numba", "triton" or "torch" for the query of one new token over `stored` keys or what stands for them.
 
-    hindrance: why Triton cannot run it, None where it can. Raises ValueError where the forced backend cannot run there.
+    hindrance: why Triton cannot run it, None where it can. Raises BackendError where the forced backend cannot run there.
     """
     backend = backend or _newest_forced
     is_small = stored.numel() < LEAST_NUMBERS
@@ -105,12 +109,12 @@ def backend_report() -> list[Choice]:
 
 def _decide(device: str, backend: str | None) -> tuple[str, str]:
     if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"unknown backend '{backend}', known: {', '.join(BACKENDS)}")
+        raise BackendError(f"unknown backend '{backend}', known: {', '.join(BACKENDS)}")
     if backend == "triton":
         if triton is None:
-            raise ValueError("backend 'triton' needs the package triton, which is not installed")
+            raise BackendError("backend 'triton' needs the package triton, which is not installed")
         if device != "cuda" and not INTERPRETED:
-            raise ValueError(f"backend 'triton' needs a GPU, the tensors are on '{device}'")
+            raise BackendError(f"backend 'triton' needs a GPU, the tensors are on '{device}'")
         return backend, _told_forced(backend)
     if backend == "torch":
         return backend, "forced"
@@ -127,7 +131,7 @@ def _decide_newest(
     stored: torch.Tensor, backend: str | None, is_small: bool, learns: bool, hindrance: str | None
 ) -> tuple[str, str]:
     if backend not in (None, "torch", "numba", "triton"):
-        raise ValueError(f"unknown backend '{backend}', known: torch, numba, triton")
+        raise BackendError(f"unknown backend '{backend}', known: torch, numba, triton")
     device, unknown = stored.device.type, f"no kernel for {str(stored.dtype).removeprefix('torch.')}"
     if backend == "torch":
         return backend, "forced"
@@ -155,7 +159,7 @@ def _unless(reason: str | None, forced: str | None, backend: str, why: str) -> t
     if reason is None:
         return backend, _told_forced(backend) if forced else why
     if forced:
-        raise ValueError(f"backend '{backend}': {reason}")
+        raise BackendError(f"backend '{backend}': {reason}")
     return "torch", reason
 
 

@@ -178,7 +178,7 @@ class Checker:
         given = inspect.getcallargs(executor.fn, *arguments, **known)
         tensors = {name: value for name, value in given.items() if hasattr(value, "data_ptr")}
         self.launch = Launch(executor.fn.__name__, tensors)
-        self.kernels.append(executor.fn.__name__)
+        self.kernels.append(f"{executor.fn.__module__}.{executor.fn.__name__}")
         try:
             self.call(executor, *arguments, **named)
         finally:
@@ -232,7 +232,7 @@ class Checker:
 
 @contextmanager
 def checked_memory() -> Iterator[list[str]]:
-    """Check every kernel that is interpreted within; yield the list of their names, which grows as they run.
+    """Check every kernel that is interpreted within; yield the list of their names (module.function), which grows.
 
     One at a time: a second one within would take addresses for pointers.
     """

@@ -85,7 +85,7 @@ def test_right_kernels_run_and_are_counted(checked_kernels):
     assert target[0] == source.sum()
     _rotate[(1,)](source, BLOCK=8, BARRIER=True)
     assert source.tolist() == [1, 2, 3, 4, 5, 6, 7, 0]
-    assert checked_kernels == ["_copy", "_sum_twice", "_rotate"]
+    assert [name.rpartition(".")[2] for name in checked_kernels] == ["_copy", "_sum_twice", "_rotate"]
 
 
 def test_a_launch_forgets_what_the_one_before_wrote():

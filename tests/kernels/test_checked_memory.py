@@ -1,11 +1,20 @@
 """The checker of interpreted kernels finds what small broken kernels do, and lets right ones run."""
 
+import importlib
+import inspect
+import pkgutil
+
 import pytest
 import torch
 from checked_memory import why_unchecked
 from kernel_checks import CPU
 
+import pikv_kernels
 from pikv_kernels.backends import jit, tl
+from pikv_kernels.compact import compact
+from pikv_kernels.decode_attention import FullKV, decode_attention
+from pikv_kernels.page_scores import page_scores
+from pikv_kernels.quantize_kv import quantize_kv
 
 pytestmark = [CPU, pytest.mark.skipif(why_unchecked() is not None, reason=str(why_unchecked()))]
 SIZE = 8
@@ -163,3 +172,23 @@ def test_a_word_that_is_not_aligned():
     assert target.item() == 0x01010101
     with fails("load of source, element 0.5: not aligned"):
         _read_bytes_as_words[(1,)](source, target, 2)
+
+
+def test_every_kernel_of_the_package_is_checked(checked_kernels):
+    query, keys = torch.randn(1, 2, 64), torch.randn(1, 1, 64, 64)
+    for store in (FullKV(keys, keys), quantize_kv(keys, keys, 4, backend="triton")):
+        decode_attention(query, store, 1.0, with_mass=True, backend="triton")
+    page_scores(query[:, None], keys, keys, "triton")
+    compact(keys, torch.arange(9)[None, None], "triton")
+    assert set(checked_kernels) == set(launched_kernels())
+
+
+def launched_kernels():
+    """Yield the names of the package's functions that Triton launches, unlike those that these call."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    for _, module, _ in pkgutil.iter_modules(pikv_kernels.__path__, "pikv_kernels."):
+        for kernel in vars(importlib.import_module(module)).values():
+            is_own = isinstance(kernel, InterpretedFunction) and kernel.fn.__module__ == module
+            if is_own and "tl.program_id" in inspect.getsource(kernel.fn):
+                yield f"{module}.{kernel.fn.__name__}"

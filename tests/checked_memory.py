@@ -3,7 +3,8 @@
 Within `checked_memory` an access fails where it is not aligned, or lies outside the elements of the tensor (the view,
 not its storage) that its pointer was made from; and where it races: it touches what another program of the launch
 wrote, or writes what another read, unless both are atomic. So do two accesses of one program with no barrier between
-them, since different threads may do them. What a masked load leaves undefined is NaN, or 0xA5 bytes.
+them, since different threads may do them, but for a store by the pointers that loaded. What a masked load leaves
+undefined is NaN, or 0xA5 bytes.
 """
 
 from __future__ import annotations
@@ -53,24 +54,38 @@ class Storage:
         self.granule, self.num_granules = granule, num_bytes // granule
         self.first: dict[str, np.ndarray] = {}
         self.last: dict[str, np.ndarray] = {}
-        self.noted_loads: list[tuple[np.ndarray, int]] = []
+        self.loads: list[tuple[np.ndarray, np.ndarray, int]] = []
 
-    def touch(self, kind: str, at: np.ndarray, phase: int, program_began: int) -> tuple[str, int] | None:
+    def touch(
+        self, kind: str, at: np.ndarray, pointers: np.ndarray, phase: int, program_began: int
+    ) -> tuple[str, int] | None:
         """Note an access; return kind and granule of one that it races with, or None."""
-        if kind == "load" and not self.last:  # which matters once something is stored, and mostly nothing is
-            self.noted_loads.append((at, phase))
-            return None
-        for noted, when in self.noted_loads:
-            self.note("load", noted, when)
-        self.noted_loads.clear()
+        if kind == "load":
+            self.loads.append((at, pointers, phase))
+            if not self.last:  # loads matter once something is stored, and mostly nothing is
+                return None
+        elif not self.last:
+            for loaded, _, when in self.loads:
+                self.note("load", loaded, when)
+        self.loads = [load for load in self.loads if load[2] == phase]
         for other in CONFLICTS[kind]:
             if other in self.first:
                 first, last = self.first[other][at], self.last[other][at]
-                races = (last == phase) | ((first > 0) & (first < program_began))
+                races = (first > 0) & (first < program_began)
+                in_place = kind == "store" and other == "load"
+                races |= self.is_loaded_otherwise(at, pointers) if in_place else last == phase
                 if races.any():
                     return other, int(at[races.argmax()])
         self.note(kind, at, phase)
         return None
+
+    def is_loaded_otherwise(self, at: np.ndarray, pointers: np.ndarray) -> np.ndarray:
+        """Return which granules this phase loaded by other pointers than the ones that now store."""
+        loaded = np.zeros(at.shape, bool)
+        for granules, where, _ in self.loads:
+            if not np.array_equal(where, pointers):
+                loaded |= np.isin(at, granules)
+        return loaded
 
     def note(self, kind: str, at: np.ndarray, phase: int) -> None:
         if kind not in self.first:
@@ -150,7 +165,7 @@ class Launch:
                 complain("outside the tensor", offset[there.argmin()])
             if kind == "store" and not (np.diff(at) > 0).all() and np.unique(at).size < at.size:
                 complain("two of one store at one place", offset[0])
-            raced = storage.touch(kind, at, self.phase, self.program_began)
+            raced = storage.touch(kind, at, pointers, self.phase, self.program_began)
             if raced:
                 complain(f"races with a {raced[0]}", raced[1] * storage.granule)
         apart = offset & element_bytes - 1

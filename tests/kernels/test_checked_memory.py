@@ -61,6 +61,17 @@ def _rotate(buffer, BLOCK: tl.constexpr, BARRIER: tl.constexpr):
 
 
 @jit
+def _double(buffer, num, BLOCK: tl.constexpr, SHIFTED: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    numbers = tl.load(buffer + place, mask=place < num, other=0.0)
+    if SHIFTED:
+        numbers += tl.load(buffer + place + 1, mask=place + 1 < num, other=0.0)
+    else:
+        numbers += numbers
+    tl.store(buffer + place, numbers, mask=place < num)
+
+
+@jit
 def _store_all_in_one(target, BLOCK: tl.constexpr):
     place = tl.arange(0, BLOCK)
     tl.store(target + place // 2, place.to(tl.float32))
@@ -152,6 +163,14 @@ def test_a_program_that_reads_what_another_writes_before_or_after(ahead, other):
 def test_threads_of_a_program_that_do_not_wait():
     with fails("store of buffer, element 0: races with a load"):
         _rotate[(1,)](torch.arange(8.0), BLOCK=8, BARRIER=False)
+
+
+def test_a_program_may_change_numbers_in_place():
+    numbers = torch.arange(7.0)
+    _double[(2,)](numbers, 7, BLOCK=4, SHIFTED=False)
+    assert torch.equal(numbers, 2 * torch.arange(7.0))
+    with fails(r"program \(0, 0, 0\): store of buffer, element 1: races with a load"):
+        _double[(1,)](numbers, 7, BLOCK=8, SHIFTED=True)
 
 
 def test_one_store_of_two_numbers_at_one_place():

@@ -56,8 +56,8 @@ _newest_forced: str | None = None
 def choose(op: str, tensor: torch.Tensor, backend: str | None = None, hindrance: str | None = None) -> str:
     """Return the backend for an operation over a tensor; `backend` forces one.
 
-    hindrance: why Triton cannot run it, None where it can. Raises BackendError where the forced one is unknown or cannot
-    run there.
+    hindrance: why Triton cannot run it, None where it can. Raises BackendError where the forced one is unknown or
+    cannot run there.
     """
     if backend is None and _newest_forced in BACKENDS:
         backend = _newest_forced
@@ -79,7 +79,8 @@ def choose_for_newest(
 ) -> str:
     """Return "numba", "triton" or "torch" for the query of one new token over `stored` keys or what stands for them.
 
-    hindrance: why Triton cannot run it, None where it can. Raises BackendError where the forced backend cannot run there.
+    hindrance: why Triton cannot run it, None where it can. Raises BackendError where the forced backend cannot run
+    there.
     """
     backend = backend or _newest_forced
     is_small = stored.numel() < LEAST_NUMBERS

@@ -67,7 +67,7 @@ def by_head(x: torch.Tensor) -> np.ndarray:
     inner = math.prod(x.shape[3:])
     head = x.stride(1) if G > 1 else x.stride(0) if B > 1 else S * inner
     is_dense = x[0, 0].is_contiguous() and (1 in (B, G) or x.stride(0) == G * head)
-    is_buffer = is_dense and head % inner == 0 and head >= S * inner
+    is_buffer = is_dense and inner > 0 and head % inner == 0 and head >= S * inner
     if is_buffer and x.storage_offset() + B * G * head <= x.untyped_storage().nbytes() // x.itemsize:
         x = x.as_strided((B * G, head // inner, *x.shape[3:]), (head, inner, *x.stride()[3:]))
     else:

@@ -2,7 +2,20 @@
 
 import pytest
 import torch
+from checked_memory import checked_memory, why_unchecked
 from kernel_checks import DEVICES
+
+from pikv_kernels.backends import INTERPRETED
+
+
+@pytest.fixture(autouse=True)
+def checked_kernels():
+    """Check every access of the kernels that these tests interpret; the list of their names."""
+    if INTERPRETED and why_unchecked() is None:
+        with checked_memory() as kernels:
+            yield kernels
+    else:
+        yield []
 
 
 @pytest.fixture(params=DEVICES)

@@ -35,6 +35,12 @@ def test_rows_that_see_nothing_are_zero_and_finite():
     assert (part.probs[..., 3:] == 0).all()
 
 
+def test_no_tokens_give_zeros():
+    part = partial_attention(torch.randn(B, G, N, D), *torch.randn(2, B, G, 0, D), None, 1.0, with_probs=True)
+    assert part.output.shape == (B, G, N, D) and (part.output == 0).all()
+    assert (part.lse == -torch.inf).all() and part.probs.shape == (B, G, N, 0)
+
+
 def test_softcap_and_sinks_equal_the_definition():
     query, keys, values = torch.randn(B, G, N, D), torch.randn(B, G, 9, D), torch.randn(B, G, 9, D)
     sinks = torch.randn(G, N)

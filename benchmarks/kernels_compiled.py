@@ -109,13 +109,14 @@ def compile_launch(launch: Launch, arch: int) -> Any:
     signature, constants, hints = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        is_known = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (is_known and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         signature[parameter.name] = (
             POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
         )
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (is_known and value % 16 == 0):
             hints[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=hints)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}

@@ -20,8 +20,8 @@ try:
     jit, constexpr = triton.jit, tl.constexpr
 except ImportError:  # no wheels for this platform: the decorated functions are never called
 
-    def jit(function: Any) -> Any:
-        return function
+    def jit(function: Any = None, **options: Any) -> Any:
+        return function or jit
 
     triton = tl = None
     constexpr = str

@@ -154,7 +154,7 @@ def _from_e4m3(codes, PLAIN: tl.constexpr):
         return tl.inline_asm_elementwise(FROM_E4M3, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
 
 
-@jit
+@jit(do_not_specialize=["num_tokens", "num_listed", "stride_mb", "stride_mg"])  # what grows, as in `decode_codes`
 def _attend_split(
     query, keys, values, key_scale, value_scale, pages, lengths, mask, partial, partial_lse, probs,
     num_tokens, num_listed, split_tokens, scale, softcap, G, stride_kb, stride_kg, stride_kt,

@@ -173,7 +173,8 @@ def _scaled(codes, scale, zero, at, channel, seen, D: tl.constexpr, C: tl.conste
     return (codes.to(tl.float32) * s + (z + CENTRE * s)).to(tl.bfloat16)
 
 
-@jit
+# What grows with a sequence: Triton would compile anew where it becomes a multiple of 16, or 1.
+@jit(do_not_specialize=["num_units", "num_read", "split_units", "room", "stride_mb", "stride_mg"])
 def _attend_split(
     query, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, units, mask,
     partial, partial_lse, probs, num_units, num_read, split_units, room, scale, softcap, G, stride_mb, stride_mg,

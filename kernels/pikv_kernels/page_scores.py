@@ -38,7 +38,7 @@ def page_topk(scores: torch.Tensor, num_pages: int) -> torch.Tensor:
     return scores.topk(min(num_pages, scores.shape[-1]), dim=-1, sorted=False).indices
 
 
-@jit
+@jit(do_not_specialize=["num_pages"])
 def _score(
     query, lowest, highest, scores, num_pages, G, stride_lb, stride_lg, stride_lp, stride_hb, stride_hg, stride_hp,
     R: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,

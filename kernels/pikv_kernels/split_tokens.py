@@ -66,7 +66,7 @@ def cap(logits, softcap):
     return softcap - 2.0 * softcap / (1.0 + tl.exp2(logits * (2.8853900817779268 / softcap)))
 
 
-@jit
+@jit(do_not_specialize=["num_splits"])
 def _merge(partial, partial_lse, output, lse, num_splits, D: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
     # One program a query head: partial [B·H, splits, D] with base-2 log-sum-exps [B·H, splits].
     row = tl.program_id(0).to(tl.int64)
@@ -82,7 +82,7 @@ def _merge(partial, partial_lse, output, lse, num_splits, D: tl.constexpr, COLUM
     tl.store(lse + row, tl.where(total > 0, (highest + tl.log2(total)) / 1.4426950408889634, float("-inf")))
 
 
-@jit
+@jit(do_not_specialize=["num_tokens"])
 def _normalise(probs, lse, lengths, num_tokens, R, BLOCK: tl.constexpr, HAS_LENGTHS: tl.constexpr):
     # One program a query row and block of tokens: probs [B·G·R,S] are logits until now, beyond the lengths anything.
     row = tl.program_id(0).to(tl.int64)

@@ -17,6 +17,7 @@ from pikv_kernels.partial_attention import Partial
 LOG2E = 1.4426950408889634
 LEAST_CHANNELS = 16  # of a product on the matrix units
 OVERHEAD_TILES = 2  # what starting and ending a program costs, in tiles of tokens
+LEAST_SPLITS = 16  # that merging is compiled for
 MOST_SPLITS = 128
 PROBS_TOKENS = 1024
 
@@ -133,7 +134,7 @@ def merge_splits(written: Workspace, dtype: torch.dtype, lengths: torch.Tensor |
     B, G, R, splits, D = written.partial.shape
     output = torch.empty(B, G, R, D, dtype=dtype, device=written.partial.device)
     lse = torch.empty(B, G, R, dtype=torch.float32, device=written.partial.device)
-    sizes = {"D": D, "COLUMNS": next_power(D), "SPLITS": next_power(splits)}
+    sizes = {"D": D, "COLUMNS": next_power(D), "SPLITS": next_power(splits, LEAST_SPLITS)}
     num_warps = min(16, max(4, sizes["COLUMNS"] * sizes["SPLITS"] // 2048))
     _merge[(B * G * R,)](written.partial, written.partial_lse, output, lse, splits, **sizes, num_warps=num_warps)
     if written.probs is not None:

@@ -87,16 +87,16 @@ def encode_blocks(
     from pikv_kernels.pack_bits import grain, pack
     from pikv_kernels.quantize_kv import quantize
 
-    D = keys.shape[-1]
-    if D % grain(bits):
-        raise PiKVError(
-            f"codes of {bits} bits need a head dim that is a multiple of {grain(bits)}, got {D}",
-            hint="use codec 'int8', which takes any head dim",
-        )
+    for D in (keys.shape[-1], values.shape[-1]):
+        if D % grain(bits):
+            raise PiKVError(
+                f"codes of {bits} bits need a head dim that is a multiple of {grain(bits)}, got {D}",
+                hint="use codec 'int8', which takes any head dim",
+            )
     keys, values = (fill_empty(x, position, block_tokens).unflatten(2, (-1, block_tokens)) for x in (keys, values))
     # Channel-major keys: the scale of a channel is shared by a contiguous run of tokens.
     key_codes, key_scale, key_zero = quantize(keys.transpose(-1, -2), dim=-1, bits=bits)
-    grouped = values.unflatten(-1, (-1, group_channels(D, block_tokens)))
+    grouped = values.unflatten(-1, (-1, group_channels(values.shape[-1], block_tokens)))
     value_codes, value_scale, value_zero = quantize(grouped, dim=-1, bits=bits)
     for kind, scale, zero in (("keys", key_scale, key_zero), ("values", value_scale, value_zero)):
         if not (scale.isfinite().all() and zero.isfinite().all()):

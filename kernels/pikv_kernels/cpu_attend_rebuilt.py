@@ -36,8 +36,8 @@ def make_kernel(R: int, D: int, P: int, K: int, V: int, T: int, kind: str | int,
     have, in units of T tokens, values in C groups. The kernel takes `keys` and `values` as tuples of arrays
     [heads,·,...], numbers, or codes, scales and zero points, and the range of heads to attend for. up: [heads,K,D].
     turns: [·,P], the cosines, then the sines of a position's angles; position: int32 [·,S], one row for
-    `heads_of_position` heads. pages, seen and what is written: see `cpu_attend_tokens`. All heads attend to a block
-    before the next, whose turns the caches hold.
+    `heads_of_position` heads. All tokens are read, whatever `pages`; seen and what is written: see
+    `cpu_attend_tokens`. All heads attend to a block before the next, while the caches hold its turns.
     """
     H, padded = P // 2, -(-T // ROWS) * ROWS
     if isinstance(kind, int):
@@ -56,12 +56,9 @@ def make_kernel(R: int, D: int, P: int, K: int, V: int, T: int, kind: str | int,
         output[first_head:end_head] = np.float32(0)
         highest[first_head:end_head] = LOWEST
         total[first_head:end_head] = np.float32(0)
-        for place in range(pages.shape[1] if len(pages) else (num_tokens + T - 1) // T):
+        for start in range(0, num_tokens, T):
+            end = min(start + T, num_tokens)
             for n in range(first_head, end_head):
-                start = pages[n, place] * T if len(pages) else place * T
-                end = min(start + T, num_tokens)
-                if start >= end:
-                    continue
                 for r in range(R):
                     for d in range(D):
                         scaled[r, d] = query[n, r, d] * factor

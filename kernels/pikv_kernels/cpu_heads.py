@@ -6,9 +6,10 @@ Shapes: B batch, G key/value heads, S stored rows (tokens or units).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float8_e
 def attend_heads(
     kernel: Callable[..., None],
     query: torch.Tensor,
-    stored: list[np.ndarray],
+    stored: Sequence[Any],
     read: torch.Tensor | None,
     num_stored: int,
     num_tokens: int,
@@ -35,7 +36,7 @@ def attend_heads(
     softcap: float | None,
     with_probs: bool,
 ) -> Partial:
-    """Run a kernel of one new token, query [B,G,R,D], over stored arrays [B·G,·,...].
+    """Run a kernel of one new token, query [B,G,R,D], over what is stored, arrays [B·G,·,...] and what goes with them.
 
     read: int64 [B,G,K] of what is read of the first `num_stored`, or None for all of these; visible: bool [B,1|G,1,S].
     """

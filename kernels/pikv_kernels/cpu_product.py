@@ -38,7 +38,7 @@ def add_product(typing_context, rows, matrix, output, num_rows, depth, width, nu
     rows: [num_groups·num_rows,K] and output are float32, the matrix packed codes of `bits` (uint8, see `pack_bits`;
     less 2^(bits-1), so that large sums do not cancel) or numbers as `_numbers` reads them; all C-contiguous, and all
     sizes but the depth K, at least 1, and ahead_bytes constants. ahead_bytes: from a row to what will be read next, and
-    is fetched into the caches.
+    is fetched into the caches; a constant 0 fetches nothing.
     """
     sizes = (num_rows, width, num_groups, bits)
     R, W, C, code_bits = (size.literal_value for size in sizes)
@@ -54,10 +54,15 @@ def add_product(typing_context, rows, matrix, output, num_rows, depth, width, nu
                 count = min(4, R - first)
                 for lanes, starts in _tiles(columns, min(run.length for run in runs), SUMS // max(2, count)):
                     tile = _Tile(group * R, first, count, lanes, starts, runs, signature.args[1].dtype)
-                    tile.emit(builder, _Operands(*data), _Operands(*strides), arguments[4], arguments[8])
+                    ahead = None if _is_zero(ahead_bytes) else arguments[8]
+                    tile.emit(builder, _Operands(*data), _Operands(*strides), arguments[4], ahead)
         return context.get_dummy_value()
 
     return signature, generate
+
+
+def _is_zero(constant: Any) -> bool:
+    return isinstance(constant, types.IntegerLiteral) and constant.literal_value == 0
 
 
 class _Operands(NamedTuple):
@@ -139,7 +144,7 @@ class _Tile:
         sums = [builder.phi(vector) for _ in targets]
         row = builder.gep(data.matrix, [builder.mul(step, strides.matrix)])
         numbers = [_numbers(builder, row, start, self.lanes, self.dtype, self.runs) for start in self.starts]
-        if self.first_row == 0:
+        if self.first_row == 0 and ahead is not None:
             element_bytes = self.dtype.bitwidth // 8
             read = (run.bytes_read(start, self.lanes, element_bytes) for start in self.starts for run in self.runs)
             _fetch(builder, row, ahead, set().union(*read))

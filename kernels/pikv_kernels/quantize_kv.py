@@ -1,8 +1,8 @@
 """Asymmetric round-to-nearest quantisation, with float16 scale and zero point per group (KIVI, arXiv 2402.02750).
 
 `quantize` does it along any dimension, `quantize_kv` makes the codes of a store: keys per channel over the tokens of a
-unit, values per token over groups of channels. Shapes: B batch, G key/value heads, U units of T tokens, S = U·T, D head
-dim, C groups of a value's channels.
+unit, values per token over groups of channels. Shapes: B batch, G key/value heads, U units of T tokens, S = U·T, D
+channels of a key, V of a value in C groups.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def quantize_kv(
     group_channels: int,
     backend: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Quantise keys and values [B,G,S,D] in one pass, S a multiple of `unit_tokens` and D of `group_channels`.
+    """Quantise keys [B,G,S,D] and values [B,G,S,V] in one pass; S a multiple of `unit_tokens`, V of `group_channels`.
 
     Returns packed key_codes [B,G,U,D,·] with float16 key_scale and key_zero [B,G,U,D], value_codes [B,G,U,T,·] with
     value_scale and value_zero [B,G,U,T,C]; a number is code · scale + zero. Scale or zero is not finite where a value
     is not. The kernels' codes may differ from the definition's by one where a number lies halfway between two.
     """
-    hindrance = _what_hinders(keys.shape[3], bits, unit_tokens, group_channels)
+    hindrance = _what_hinders(values.shape[3], bits, unit_tokens, group_channels)
     if choose("quantize_kv", keys, backend, hindrance) == "triton":
         return _quantize_on_gpu(keys, values, bits, unit_tokens, group_channels)
     keys, values = (x.unflatten(2, (-1, unit_tokens)) for x in (keys, values))
@@ -49,14 +49,14 @@ def quantize_kv(
     }
 
 
-def _what_hinders(head_dim: int, bits: int, unit_tokens: int, group_channels: int) -> str | None:
+def _what_hinders(channels: int, bits: int, unit_tokens: int, group_channels: int) -> str | None:
     if bits not in (4, 8):
         return f"no kernel for codes of {bits} bits"
     if unit_tokens not in (16, 32, 64, 128):
         return f"no kernel for units of {unit_tokens} tokens"
-    groups = head_dim // group_channels
-    if head_dim % 2 or (groups > 1 and groups % 2):
-        return f"no kernel for {groups} groups of {head_dim} channels"
+    groups = channels // group_channels
+    if channels % 2 or (groups > 1 and groups % 2):
+        return f"no kernel for {groups} groups of {channels} channels"
     return None
 
 
@@ -172,11 +172,11 @@ def _quantize_keys(
 @jit
 def _quantize_values(
     values, codes, scale, zero, num_tokens, G, stride_b, stride_g, stride_t,
-    D: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
+    V: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     # One program a key/value head and block of tokens, whose halves are groups of WIDTH channels each.
-    HALF: tl.constexpr = D // 2
+    HALF: tl.constexpr = V // 2
     HIGHEST: tl.constexpr = 2.0**BITS - 1.0
     head = tl.program_id(0).to(tl.int64)
     token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
@@ -205,7 +205,7 @@ def _quantize_values(
     tl.store(scale + at, low_scale, mask=stored)
     tl.store(zero + at, low_zero, mask=stored)
     low_codes, high_codes = _codes(low, low_scale, low_zero), _codes(high, high_scale, high_zero)
-    codes += (head * num_tokens + token) * (D * BITS // 8) + channel
+    codes += (head * num_tokens + token) * (V * BITS // 8) + channel
     _store_codes(codes, low_codes, high_codes, there, HALF, BITS)
 
 
@@ -213,8 +213,8 @@ def _quantize_on_gpu(
     keys: torch.Tensor, values: torch.Tensor, bits: int, unit_tokens: int, group_channels: int
 ) -> dict[str, torch.Tensor]:
     B, G, S, D = keys.shape
-    T, C = unit_tokens, D // group_channels
-    U = S // T
+    T, V = unit_tokens, values.shape[3]
+    U, C = S // T, V // group_channels
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
 
     def empty(*last: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -224,7 +224,7 @@ def _quantize_on_gpu(
         "key_codes": empty(D, T * bits // 8, dtype=torch.uint8),
         "key_scale": empty(D),
         "key_zero": empty(D),
-        "value_codes": empty(T, D * bits // 8, dtype=torch.uint8),
+        "value_codes": empty(T, V * bits // 8, dtype=torch.uint8),
         "value_scale": empty(T, C),
         "value_zero": empty(T, C),
     }
@@ -233,10 +233,10 @@ def _quantize_on_gpu(
         _quantize_keys[(B * G, U, triton.cdiv(D, KEY_CHANNELS))](
             keys, *of_keys, G, *keys.stride()[:3], D=D, T=T, CHANNELS=KEY_CHANNELS, BITS=bits, num_warps=max(1, T // 32)
         )
-        width = min(group_channels, D // 2)
+        width = min(group_channels, V // 2)
         _quantize_values[(B * G, triton.cdiv(S, VALUE_TOKENS))](
             values, *of_values, S, G, *values.stride()[:3],
-            D=D, C=C, WIDTH=width, GROUPS=next_power(D // 2 // width), COLUMNS=next_power(width),
-            TOKENS=VALUE_TOKENS, BITS=bits, num_warps=max(1, next_power(D) // 64),
+            V=V, C=C, WIDTH=width, GROUPS=next_power(V // 2 // width), COLUMNS=next_power(width),
+            TOKENS=VALUE_TOKENS, BITS=bits, num_warps=max(1, next_power(V) // 64),
         )  # fmt: skip
     return codes

@@ -85,14 +85,14 @@ def encode_blocks(
     from pikv_kernels.pack_bits import grain
     from pikv_kernels.quantize_kv import quantize_kv
 
-    D = keys.shape[-1]
-    if D % grain(bits):
-        raise PiKVError(
-            f"codes of {bits} bits need a head dim that is a multiple of {grain(bits)}, got {D}",
-            hint="use codec 'int8', which takes any head dim",
-        )
+    for D in (keys.shape[-1], values.shape[-1]):
+        if D % grain(bits):
+            raise PiKVError(
+                f"codes of {bits} bits need a head dim that is a multiple of {grain(bits)}, got {D}",
+                hint="use codec 'int8', which takes any head dim",
+            )
     keys, values = (fill_empty(x, position, block_tokens) for x in (keys, values))
-    codes = quantize_kv(keys, values, bits, block_tokens, group_channels(D, block_tokens))
+    codes = quantize_kv(keys, values, bits, block_tokens, group_channels(values.shape[-1], block_tokens))
     for kind in ("key", "value"):
         if not (codes[f"{kind}_scale"].isfinite().all() and codes[f"{kind}_zero"].isfinite().all()):
             raise PiKVError(

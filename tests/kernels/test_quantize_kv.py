@@ -77,6 +77,13 @@ def test_numbers_within_larger_buffers_are_read_in_place(device):
     assert all(torch.equal(x, expected[name]) for name, x in found.items())
 
 
+def test_values_of_other_channels_than_keys(device):
+    keys, values = numbers(64, 64, torch.float32, device)[0], numbers(64, 96, torch.float32, device)[1]
+    found, expected = (quantize_kv(keys, values, 4, 32, 24, backend=name) for name in ("triton", "torch"))
+    for name, x in found.items():
+        assert x.shape == expected[name].shape and (x != expected[name]).float().mean() < 0.002, name
+
+
 def test_groups_across_the_halves_of_a_token_have_no_kernel(device):
     keys, values = numbers(64, 96, torch.float32, device)
     with pytest.raises(ValueError, match="no kernel for 3 groups of 96 channels"):

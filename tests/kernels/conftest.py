@@ -26,7 +26,7 @@ def device(request):
 
 @pytest.fixture
 def nan_memory(monkeypatch):
-    """Fill what `torch.empty` and `new_empty` return with NaN, or 0xA5 bytes, so that what nobody wrote is seen."""
+    """Fill what `torch.empty`, `empty_like` and `new_empty` return with NaN, or 0xA5: what nobody wrote is seen."""
 
     def filled(make):
         def made(*arguments, **options):
@@ -35,7 +35,8 @@ def nan_memory(monkeypatch):
 
         return made
 
-    monkeypatch.setattr(torch, "empty", filled(torch.empty))
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, filled(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
 
 

@@ -1,8 +1,8 @@
 """Run a kernel's tests on the CPU and the GPU, with fresh memory that is not zero."""
 
 import pytest
-import torch
 from checked_memory import checked_memory, why_unchecked
+from guarded_memory import guarded_memory
 from kernel_checks import DEVICES
 
 from pikv_kernels.backends import INTERPRETED
@@ -25,18 +25,10 @@ def device(request):
 
 
 @pytest.fixture
-def nan_memory(monkeypatch):
-    """Fill what `torch.empty` and `new_empty` return with NaN, or 0xA5 bytes, so that what nobody wrote is seen."""
-
-    def filled(make):
-        def made(*arguments, **options):
-            tensor = make(*arguments, **options)
-            return tensor.fill_(torch.nan if tensor.is_floating_point() else 0xA5)
-
-        return made
-
-    monkeypatch.setattr(torch, "empty", filled(torch.empty))
-    monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
+def nan_memory():
+    """Fill fresh memory with NaN, so that what nobody wrote is seen, and watch what lies beside it."""
+    with guarded_memory():
+        yield
 
 
 @pytest.fixture

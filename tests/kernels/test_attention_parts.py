@@ -7,6 +7,7 @@ from pikv_kernels.merge_partials import join_partials, merge_partials
 from pikv_kernels.partial_attention import causal_attention, partial_attention
 from pikv_kernels.prefill_rows import prefill_rows
 
+pytestmark = pytest.mark.usefixtures("nan_memory")
 B, G, N, D = 2, 3, 5, 16
 
 

@@ -85,7 +85,7 @@ class PiKVCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
         """Hand new keys and values [B,G,T,D] to a layer, which the attention entry then gets in their place."""
-        if self._config._attn_implementation != ENTRY:
+        if layer_idx == 0 and self._config._attn_implementation != ENTRY:
             raise PiKVError(
                 f"the model's attention was set to '{self._config._attn_implementation}' after the cache was made",
                 hint="call cache.attach(model)",

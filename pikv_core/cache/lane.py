@@ -150,9 +150,16 @@ class Lane:
         sinks: logits [B|1,G,R]. capacity: tells the budget in tokens, which a selector reads under.
         """
         T = query.shape[2]
+        num_shown = max((watcher.observes for watcher in watchers), default=0)
+        if T == 1 and not self.plan.rerotate:
+            newest = [self._read(store, query, position, capacity, num_shown > 0) for store in self.stores]
+
+            def show_newest(probs: list[torch.Tensor], num_visible: torch.Tensor) -> None:
+                self._show(watchers, position, slice(0, 1), 1, probs, num_visible)
+
+            return attend_newest(query, newest, scale, softcap, sinks, show_newest if num_shown else None)
         special = softcap is not None or sinks is not None
         is_prompt = T == self.num_slots and T > 1 and self.plan.window is None and not self.has_empty
-        num_shown = max((watcher.observes for watcher in watchers), default=0)
         if is_prompt and not special:
             keys, values = self.tail.decoded()
             if not num_shown:
@@ -167,13 +174,6 @@ class Lane:
                     watchers, position, new, T, [probs], (position[:, None, new] + 1).expand(*probs.shape[:2], -1)
                 ),
             )
-        if T == 1 and not self.plan.rerotate:
-            newest = [self._read(store, query, position, capacity, num_shown > 0) for store in self.stores]
-
-            def show_newest(probs: list[torch.Tensor], num_visible: torch.Tensor) -> None:
-                self._show(watchers, position, slice(0, 1), 1, probs, num_visible)
-
-            return attend_newest(query, newest, scale, softcap, sinks, show_newest if num_shown else None)
         if self.plan.rerotate:
             query, read = self._rerotated(query, position)
         else:
@@ -296,14 +296,14 @@ class Lane:
 
         num_seen [B], capacity [B,G]: on the CPU. decide: take anew the score that is taken once.
         """
-        position, evictor = self.position(), self.plan.evictor
+        position, evictor = _joined([store.position for store in self.stores]), self.plan.evictor
         seen = num_seen.to(position.device)
         if evictor is None:
             score = position.float()
         elif self.plan.decides_once and not decide:
-            score = torch.cat([store.columns()[SCORE] for store in self.stores], dim=2)
+            score = _joined([store.columns()[SCORE] for store in self.stores])
         else:
-            columns = {name: torch.cat([x.columns()[name] for x in self.stores], dim=2) for name in evictor.columns}
+            columns = {name: _joined([x.columns()[name] for x in self.stores]) for name in evictor.columns}
             tokens = Tokens(
                 position,
                 columns,
@@ -311,8 +311,8 @@ class Lane:
                 capacity.to(position.device),
                 self.head.to(position.device),
                 self.row.to(position.device),
-                lambda: self.contents()[0],
-                lambda: self.contents()[1],
+                lambda: _joined([store.decoded()[0] for store in self.stores]),
+                lambda: _joined([store.decoded()[1] for store in self.stores]),
                 self.plan.run,
             )
             score = evictor.score(tokens)
@@ -338,9 +338,11 @@ class Lane:
         if self.body is not None:
             self.body.set_columns(columns)
 
-    def needs_eviction(self, capacity: torch.Tensor) -> bool:
-        """Tell whether any head holds more than its `capacity` [B,G]."""
-        return self.num_slots > int(capacity.min())
+    def needs_eviction(self, capacity: torch.Tensor, by_unit: bool = False) -> bool:
+        """Tell whether any head holds more than its `capacity` [B,G]; `by_unit`: so many that a whole unit can go."""
+        body = self.body if by_unit and not self.has_empty else None
+        unit = body.unit if body is not None and body.num_slots else 1
+        return self.num_slots - int(capacity.min()) >= unit
 
     def evict(self, score: torch.Tensor, capacity: torch.Tensor) -> None:
         """Drop what is over `capacity` [B,G]."""
@@ -423,6 +425,11 @@ class Lane:
                 self.body.codec = self.plan.codec.for_heads(self.head)
         if self.bounds is not None:
             self.bounds.select_rows(on_device)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Put the stores' parts [B,G,S,...] behind each other; one alone stays the view that it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _where(mask: torch.Tensor) -> list[int]:

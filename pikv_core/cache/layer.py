@@ -5,6 +5,7 @@ Shapes: B batch, H query heads, G key/value heads, R = H/G, T new tokens, S stor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -319,8 +320,9 @@ class CacheLayer(CacheLayerMixin):
         """Refuse NaN and infinity; of single tokens on the CPU alone, where asking costs nothing."""
         if keys.shape[2] == 1 and keys.is_cuda:
             return
-        total = keys.sum(dtype=torch.float32) + values.sum(dtype=torch.float32)  # takes on what any of them is not
-        if not total.isfinite():
+        # A sum takes on what any of them is not, and a number of Python's is looked at for a third of what a tensor is.
+        total = keys.sum(dtype=torch.float32).item() + values.sum(dtype=torch.float32).item()
+        if not math.isfinite(total):
             raise PiKVError(
                 f"layer {self.index}: the model's keys or values are not finite after {self.seen_length} tokens",
                 hint="run in --dtype float32 or bfloat16, and check the model's weights",
@@ -332,7 +334,7 @@ class CacheLayer(CacheLayerMixin):
         start = self.num_seen.to(keys.device)[:, None]
         if is_token is None:
             self.num_seen = self.num_seen + T
-            return start + torch.arange(T, device=keys.device)
+            return start if T == 1 else start + torch.arange(T, device=keys.device)
         self.num_seen = self.num_seen + is_token.sum(1).cpu()
         return (start + is_token.cumsum(1) - 1).masked_fill(~is_token, EMPTY)
 
@@ -371,7 +373,8 @@ class CacheLayer(CacheLayerMixin):
                 f"policy '{self.policy.name}' has not been shown what it scores by",
                 hint="feed the prompt by pikv_core.model.steps.prefill(model, cache, ids)",
             )
-        if not decide and not any(lane.needs_eviction(lane.of_heads(capacity)) for lane in self.lanes):
+        by_unit = not self.budgets.may_part
+        if not decide and not any(lane.needs_eviction(lane.of_heads(capacity), by_unit) for lane in self.lanes):
             return
         scores = [lane.score(lane.of_rows(self.num_seen), lane.of_heads(capacity), decide) for lane in self.lanes]
         if decide:

@@ -19,6 +19,7 @@ from pikv_core.cache.budget import Budget, Shape
 from pikv_core.cache.layer import CacheLayer
 from pikv_core.cache.recording import Recorder
 from pikv_core.cache.rotary import Rotary
+from pikv_core.cache.static import check_static
 from pikv_core.cache.support import check_layers, check_recipe, windows
 from pikv_core.components import Component, build
 from pikv_core.compression import CODECS
@@ -230,6 +231,16 @@ class PiKVCache(Cache):
         """End `hold`: drop what is over budget and encode."""
         for layer in self.own_layers:
             layer.compress()
+
+    def check_static(self) -> None:
+        """Raise UsageError where a step of one token never comes to be the same as the one before it."""
+        first = self.own_layers[0]
+        check_static(self.recipe, first.policy, first.allocation, windows(self._config))
+
+    @property
+    def is_static(self) -> bool:
+        """Whether every layer is at its budget, so that a step can be recorded and replayed."""
+        return all(layer.is_static for layer in self.own_layers)
 
     def reset(self) -> None:
         """Forget every token and the peak."""

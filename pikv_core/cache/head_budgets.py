@@ -25,6 +25,7 @@ class HeadBudgets:
         self.budget, self._allocation, self._evictor = budget, allocation, evictor
         self._window, self._run = window, run
         self._head_share: torch.Tensor | None = None  # [B,G]: of the layer's tokens per head
+        self.settled: torch.Tensor | None = None  # what `tokens` tells from now on, however many are seen
 
     def most(self, num_seen: torch.Tensor) -> torch.Tensor:
         """Return how many tokens [B,G] there are to hold after `num_seen` [B]."""
@@ -32,16 +33,20 @@ class HeadBudgets:
 
     def tokens(self, num_seen: torch.Tensor) -> torch.Tensor:
         """Return how many tokens [B,G] may stay, at least 1 where there are any."""
-        whole = self._to_hold(num_seen)
+        whole, limit, stays = self._to_hold(num_seen), self.budget.value, False
         mean = self.budget.tokens(whole)
         own = None if self._evictor is None else self._evictor.capacity(mean, whole, self._run)
         if own is None:
             mean = torch.minimum(mean, whole)
             by_layer = self._allocation.layers(mean, whole, self._run.num_layers, self._run.shared)
+            stays = isinstance(limit, int) and not self._allocation.parts_layers and int(whole.min()) >= limit
             own = by_layer[:, self._run.index, None]
         if self._head_share is not None:
             own = (own * self._head_share + 1e-6).long()
-        return own.clamp(min=1).minimum(whole[:, None]).expand(-1, self._run.num_kv_heads)
+        told = own.clamp(min=1).minimum(whole[:, None]).expand(-1, self._run.num_kv_heads)
+        if stays and not self.may_part:
+            self.settled = told
+        return told
 
     @property
     def may_part(self) -> bool:
@@ -62,7 +67,12 @@ class HeadBudgets:
         self._head_share = (heads.double() / capacity[:, :1].double()).nan_to_num(1.0)  # a row may be padding alone
         return heads
 
+    def forget(self) -> None:
+        """Take it that less may have been seen than was before."""
+        self.settled = None
+
     def select_rows(self, rows: torch.Tensor) -> None:
         """Reorder, repeat or drop rows of the batch."""
+        self.settled = None
         if self._head_share is not None:
             self._head_share = self._head_share[rows]

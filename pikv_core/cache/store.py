@@ -112,6 +112,11 @@ class Store:
         self._encoded = {name: x.index_select(0, rows) for name, x in self._encoded.items()}
         self._nbytes = None
 
+    @property
+    def has_room(self) -> bool:
+        """Whether one more token fits without new storage."""
+        return self.num_slots < self._columns["position"].shape[2]
+
     def pages(self, pages: torch.Tensor, page_tokens: int) -> Store:
         """Return a store with only these pages [B,G,K] of `page_tokens` slots each, in page order of the slots."""
         assert page_tokens % self.unit == 0

@@ -1,0 +1,116 @@
+"""A recorded decode step, done again on the same tensors, is the step that would have been run."""
+
+import pytest
+import torch
+from operation_recorder import record
+
+from pikv_core.cache import PiKVCache
+from pikv_core.cache.static import has_static_steps
+from pikv_core.errors import UsageError
+from pikv_core.model.replayed_step import ReplayedStep
+from pikv_core.model.steps import feed, prefill, step
+from pikv_core.scheduling import POLICIES
+from pikv_core.scheduling.base import Evictor
+from pikv_kernels.backends import forced
+
+NAMES = [name for name in POLICIES.names() if name != "oracle"]  # which has to be told what comes
+STATIC = [name for name in NAMES if has_static_steps(POLICIES[name])]
+
+
+def states(cache):
+    """Return what every layer holds and counts, statistics too."""
+    held = []
+    for layer in cache.own_layers:
+        stores = [lane.tail for lane in layer.lanes]
+        held += [x for store in stores for x in (*store.decoded(), store.position, *store.columns().values())]
+        held += [layer.num_seen, layer.seen.here, torch.tensor([layer.seen_length, layer.resident_bytes])]
+    return held
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "ada-kv"])
+@pytest.mark.parametrize("name", STATIC)
+def test_replayed_steps_are_the_steps(small_model, name, allocation):
+    model, ids = small_model("llama"), torch.randint(1, 97, (2, 70), generator=torch.Generator().manual_seed(0))
+    cache = PiKVCache.for_model(model, {"policy": name, "budget": 24, "allocation": allocation})
+    prefill(model, cache, ids[:, :40])
+    expected = cache.fork()
+    decode = ReplayedStep(model, cache, record)
+    with forced("torch"):
+        for at in range(40, 70):
+            found, other = decode(ids[:, at]), step(model, expected, ids[:, at])
+            assert torch.equal(found, other), at
+        assert decode._replay is not None
+        for one, two in zip(states(cache), states(expected), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_rows_of_a_padded_batch_are_replayed_too(small_model):
+    model, ids = small_model("llama"), torch.randint(1, 97, (2, 60), generator=torch.Generator().manual_seed(0))
+    cache = PiKVCache.for_model(model, {"policy": "h2o", "budget": 16})
+    feed(model, cache, ids[:, :40], torch.arange(40) >= torch.tensor([[15], [0]]))
+    expected, decode = cache.fork(), ReplayedStep(model, cache, record)
+    with forced("torch"):
+        for at in range(40, 60):
+            assert torch.equal(decode(ids[:, at]), step(model, expected, ids[:, at])), at
+    assert cache.own_layers[0].num_seen.tolist() == [45, 60] and decode._replay is not None
+
+
+def test_a_replay_asks_the_model_nothing(small_model, monkeypatch):
+    model, ids = small_model("llama"), torch.arange(1, 61)[None]
+    cache = PiKVCache.for_model(model, {"policy": "h2o", "budget": 16})
+    feed(model, cache, ids[:, :40])
+    decode = ReplayedStep(model, cache, record)
+    with forced("torch"):
+        for at in range(40, 44):
+            decode(ids[:, at])
+        held = [x.data_ptr() for layer in cache.own_layers for x in layer.lanes[0].tail._all()]
+        monkeypatch.setattr(model, "forward", None)
+        for at in range(44, 60):
+            decode(ids[:, at])
+    assert held == [x.data_ptr() for layer in cache.own_layers for x in layer.lanes[0].tail._all()]
+    assert cache.get_seq_length() == 60 and cache.num_stored == [16] * len(cache.layers)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in STATIC])
+def test_policies_whose_steps_differ_are_refused_by_name(small_model, name):
+    policy = POLICIES[name]
+    if policy.calibrated:
+        pytest.skip("refused before, without its calibration")
+    budget = 24 if issubclass(policy, Evictor) or name != "full" else 1.0
+    options = {"name": name, "dense_layers": 0} if name == "quest" else {"name": name}
+    cache = PiKVCache.for_model(small_model("llama"), {"policy": options, "budget": budget})
+    with pytest.raises(UsageError, match=f"policy '{name}'") as error:
+        ReplayedStep(small_model("llama"), cache, record)
+    assert all(static in error.value.hint for static in STATIC)
+
+
+@pytest.mark.parametrize(
+    "arch, recipe, message",
+    [
+        ("llama", {"budget": 0.5}, "a budget of 0.5 of the tokens seen"),
+        ("llama", {"codec": "int8"}, "codec 'int8'"),
+        ("llama", {"allocation": "pyramid"}, "allocation 'pyramid'"),
+        ("llama", {"policy": "streaming-llm", "rerotate": True}, "rerotate"),
+        ("mistral", {}, "a sliding window"),
+    ],
+)
+def test_what_else_moves_is_refused(small_model, arch, recipe, message):
+    cache = PiKVCache.for_model(small_model(arch), {"policy": "h2o", "budget": 16, **recipe})
+    with pytest.raises(UsageError, match=message) as error:
+        ReplayedStep(small_model(arch), cache, record)
+    assert error.value.hint
+
+
+def test_the_recorder_refuses_what_a_graph_cannot_hold():
+    x = torch.ones(3)
+    for asks in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: bool(x.all()), lambda: x[x > 0]):
+        with pytest.raises(RuntimeError, match="asks for a value"):
+            record(asks)
+
+
+def test_the_recorder_keeps_results_where_they_were():
+    x, seen = torch.zeros(2, 2), []
+    again = record(lambda: seen.append((x.add_(1)[0] * 2 + x.t()[1]).sum(0)))
+    assert seen[0] == 6
+    again()
+    assert seen[0] == 12 and len(seen) == 1

@@ -23,6 +23,7 @@ def generate(
         list[str], typer.Option(metavar="DIR", help="What was fitted to the model; repeatable.")
     ] = (),  # type: ignore[assignment]
     backend: options.Backend = None,
+    graph: Annotated[bool | None, typer.Option("--graph", help="Replay steps at full budget as a CUDA graph.")] = None,
     rerotate: Annotated[
         bool | None, typer.Option("--rerotate", help="Read kept keys at positions 0, 1, 2, ...")
     ] = None,
@@ -50,6 +51,7 @@ def generate(
         "cache.calibration": list(calibration),
         "cache.rerotate": rerotate,
         "backend": backend,
+        "graph": graph,
         "prompt_file": prompt_file,
         "prompts": prompts,
         "batch_size": batch_size,

@@ -54,7 +54,10 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
     from pikv_core.cache.backend import attending_by
     from pikv_core.model.loading import device_of
 
-    with attending_by(recipe.backend, device_of(recipe)):
+    device = device_of(recipe)
+    if recipe.graph and device.type != "cuda":
+        raise UsageError(f"--graph needs a GPU, and this run is on '{device.type}'", hint="leave out --graph")
+    with attending_by(recipe.backend, device):
         return _generate(recipe, run, prompts)
 
 
@@ -64,6 +67,8 @@ def _generate(recipe: GenerateRecipe, run: Run, prompts: list[str]) -> GenerateR
     from pikv_core.model.loading import load_model
 
     loaded = load_model(recipe.model, recipe)
+    if recipe.graph:
+        loaded.new_cache(recipe).check_static()
     if recipe.chat:
         prompts = [as_chat(loaded.tokenizer, prompt) for prompt in prompts]
     if recipe.record_attention is not None:

@@ -53,6 +53,7 @@ class GenerateRecipe(Recipe):
     model: str
     cache: CacheRecipe = CacheRecipe()
     backend: Backend = "auto"
+    graph: bool = False  # record a step at full budget as a CUDA graph, and replay it
     prompt: str | None = None
     prompt_file: str | None = None
     prompts: str | None = None  # a jsonl file with a key `prompt` in every line

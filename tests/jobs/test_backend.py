@@ -3,13 +3,16 @@
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 import transformers
+from operation_recorder import record
 from small_models import CONFIGS
 
 from pikv_cli import app
+from pikv_core import recipes
 from pikv_core.cache import PiKVCache
 from pikv_core.cache.backend import attending_by
 from pikv_core.compression import CODECS
@@ -17,6 +20,9 @@ from pikv_core.compression.base import Codec
 from pikv_core.compression.none import Plain
 from pikv_core.data.recall import Recall
 from pikv_core.errors import PiKVError, UsageError
+from pikv_core.model import generation
+from pikv_core.model.loading import load_model
+from pikv_core.model.replayed_step import replaying
 from pikv_core.model.steps import feed, step
 from pikv_core.runs import Reporter
 from pikv_kernels import backends
@@ -131,6 +137,31 @@ def test_a_dtype_or_codec_without_a_kernel_is_refused_before_any_work(pikv, tmp_
     monkeypatch.setattr(backends, "CPU_DTYPES", (torch.uint8,))
     refused(pikv, tmp_path, 2, "'numba': no kernel for float32", "generate", PROMPT, *forced)
     refused(pikv, tmp_path, 2, "'numba': no kernel for float32", "compress", *forced, "--method", "h2o")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_graph_needs_a_gpu(pikv, tmp_path):
+    h2o = ("--policy", "h2o", "--budget", "16")
+    refused(pikv, tmp_path, 2, "--graph needs a GPU, and this run is on 'cpu'", "generate", PROMPT, *h2o, "--graph")
+
+
+def test_a_batch_is_generated_by_replays_or_says_that_none_was(folder, monkeypatch):
+    told = []
+    monkeypatch.setattr(Reporter, "status", lambda self, text: told.append(text))
+    monkeypatch.setattr(generation, "replaying", partial(replaying, record=record))
+    texts = []
+    for (
+        graph,
+        new,
+    ) in ((False, 20), (True, 20), (True, 2)):
+        flags = {"model": str(folder), "max_new_tokens": new, "graph": graph, "cache.policy": "h2o", "cache.budget": 12}
+        recipe = recipes.load("generate", None, (), flags)
+        loaded = load_model(str(folder), recipe)
+        prompts = [PROMPT, "f1 k3"]
+        found, _ = generation.generate_batch(loaded, recipe, prompts, loaded.new_cache(recipe), Reporter(), False)
+        texts.append([completion.text for completion in found])
+    assert texts[0] == texts[1]
+    assert len(told) == 1 and "graph: no step was replayed" in told[0]
 
 
 def test_calibrating_attends_to_no_new_token(pikv, tmp_path):

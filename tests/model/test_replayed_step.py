@@ -7,7 +7,7 @@ from operation_recorder import record
 from pikv_core.cache import PiKVCache
 from pikv_core.cache.static import has_static_steps
 from pikv_core.errors import UsageError
-from pikv_core.model.replayed_step import ReplayedStep
+from pikv_core.model.replayed_step import ReplayedStep, replaying
 from pikv_core.model.steps import feed, prefill, step
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.base import Evictor
@@ -39,7 +39,7 @@ def test_replayed_steps_are_the_steps(small_model, name, allocation):
         for at in range(40, 70):
             found, other = decode(ids[:, at]), step(model, expected, ids[:, at])
             assert torch.equal(found, other), at
-        assert decode._replay is not None
+        assert decode.num_replayed > 20
         for one, two in zip(states(cache), states(expected), strict=True):
             assert torch.equal(one, two)
 
@@ -52,7 +52,25 @@ def test_rows_of_a_padded_batch_are_replayed_too(small_model):
     with forced("torch"):
         for at in range(40, 60):
             assert torch.equal(decode(ids[:, at]), step(model, expected, ids[:, at])), at
-    assert cache.own_layers[0].num_seen.tolist() == [45, 60] and decode._replay is not None
+    assert cache.own_layers[0].num_seen.tolist() == [45, 60] and decode.num_replayed > 10
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_transformers_generate_goes_on_by_replays(small_model, sampled):
+    model, ids = small_model("llama"), torch.arange(1, 41)[None]
+
+    def text(cache):
+        torch.manual_seed(3)
+        options = {"do_sample": sampled, "top_k": 20 if sampled else None, "repetition_penalty": 1.3}
+        return model.generate(ids, past_key_values=cache, max_new_tokens=40, **options)
+
+    caches = [PiKVCache.for_model(model, {"policy": "h2o", "budget": 50}) for _ in range(2)]
+    with forced("torch"):
+        expected = text(caches[0])
+        with replaying(model, caches[1], record) as decode:
+            found = text(caches[1])
+    assert torch.equal(found, expected) and decode.num_replayed > 20
+    assert "forward" not in vars(model) and caches[1].get_seq_length() == caches[0].get_seq_length()
 
 
 def test_a_replay_asks_the_model_nothing(small_model, monkeypatch):
@@ -61,12 +79,13 @@ def test_a_replay_asks_the_model_nothing(small_model, monkeypatch):
     feed(model, cache, ids[:, :40])
     decode = ReplayedStep(model, cache, record)
     with forced("torch"):
-        for at in range(40, 44):
+        for at in range(40, 45):
             decode(ids[:, at])
         held = [x.data_ptr() for layer in cache.own_layers for x in layer.lanes[0].tail._all()]
         monkeypatch.setattr(model, "forward", None)
-        for at in range(44, 60):
+        for at in range(45, 60):
             decode(ids[:, at])
+    assert decode.num_replayed > 14
     assert held == [x.data_ptr() for layer in cache.own_layers for x in layer.lanes[0].tail._all()]
     assert cache.get_seq_length() == 60 and cache.num_stored == [16] * len(cache.layers)
 

@@ -24,6 +24,8 @@ class HeadBudgets:
     ):
         self.budget, self._allocation, self._evictor = budget, allocation, evictor
         self._window, self._run = window, run
+        owns = evictor is not None and type(evictor).capacity is not Evictor.capacity
+        self._spreads = owns or allocation.parts_layers  # else every layer gets the mean
         self._head_share: torch.Tensor | None = None  # [B,G]: of the layer's tokens per head
         self.settled: torch.Tensor | None = None  # what `tokens` tells from now on, however many are seen
 
@@ -32,21 +34,29 @@ class HeadBudgets:
         return self._to_hold(num_seen)[:, None].expand(-1, self._run.num_kv_heads)
 
     def tokens(self, num_seen: torch.Tensor) -> torch.Tensor:
-        """Return how many tokens [B,G] may stay, at least 1 where there are any."""
-        whole, limit, stays = self._to_hold(num_seen), self.budget.value, False
+        """Return how many tokens [B,G] may stay, at least 1 where there are any; told as `settled` once that is it."""
+        whole = self._to_hold(num_seen)
+        counts = whole.tolist()
+        if self._spreads or self._head_share is not None:
+            told = self._spread(whole)
+        else:  # plain numbers, since this is asked for every layer and token
+            each = torch.tensor([min(self.budget.of(count), count) for count in counts], dtype=torch.int64)
+            told = each[:, None].expand(-1, self._run.num_kv_heads)
+        is_reached = isinstance(self.budget.value, int) and min(counts) >= self.budget.value
+        if is_reached and not self._spreads and not self.may_part:
+            self.settled = told
+        return told
+
+    def _spread(self, whole: torch.Tensor) -> torch.Tensor:
         mean = self.budget.tokens(whole)
         own = None if self._evictor is None else self._evictor.capacity(mean, whole, self._run)
         if own is None:
             mean = torch.minimum(mean, whole)
             by_layer = self._allocation.layers(mean, whole, self._run.num_layers, self._run.shared)
-            stays = isinstance(limit, int) and not self._allocation.parts_layers and int(whole.min()) >= limit
             own = by_layer[:, self._run.index, None]
         if self._head_share is not None:
             own = (own * self._head_share + 1e-6).long()
-        told = own.clamp(min=1).minimum(whole[:, None]).expand(-1, self._run.num_kv_heads)
-        if stays and not self.may_part:
-            self.settled = told
-        return told
+        return own.clamp(min=1).minimum(whole[:, None]).expand(-1, self._run.num_kv_heads)
 
     @property
     def may_part(self) -> bool:

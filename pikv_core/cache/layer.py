@@ -351,6 +351,9 @@ class CacheLayer(CacheLayerMixin):
         self.held = False
         if not self.lanes or not self.lanes[0].stores:
             return
+        if self.evictor is None and self.window is None and self.lanes[0].body is None:
+            self.looking = False
+            return
         for lane in self.lanes:
             if lane.body is not None and lane.body.num_slots:
                 lane.encode()  # new units compete with old ones; a first prompt is evicted token by token

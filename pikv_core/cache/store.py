@@ -96,9 +96,12 @@ class Store:
         """Drop one slot [B,G] of every head: the last slot's token takes its place (units of one token only)."""
         assert self.unit == 1
         last = self.num_slots - 1
+        places: dict[torch.Size, torch.Tensor] = {}
         for x in self._all():
-            index = slot.view(*slot.shape, 1, *[1] * (x.dim() - 3)).expand(*slot.shape, 1, *x.shape[3:])
-            x.scatter_(2, index, x[:, :, last : last + 1].clone())
+            inner = x.shape[3:]
+            if inner not in places:
+                places[inner] = slot.view(*slot.shape, 1, *[1] * len(inner)).expand(*slot.shape, 1, *inner)
+            x.scatter_(2, places[inner], x.narrow(2, last, 1).clone())
         self.num_slots = last
 
     def drop_newest_slots(self, num_slots: int) -> None:

@@ -44,8 +44,8 @@ class PageBounds:
         assert self._bounds is not None
         if T == 1:
             lowest, highest = self._bounds[:, :, :, first:pages].unbind(0)
-            torch.minimum(lowest, low, out=lowest)
-            torch.maximum(highest, high, out=highest)
+            lowest.copy_(lowest.minimum(low))
+            highest.copy_(highest.maximum(high))
             self.num_slots += 1
             return
         page = torch.arange(self.num_slots, self.num_slots + T, device=keys.device) // self.page_tokens - first

@@ -55,7 +55,11 @@ class ReplayedStep:
             self._positions = layers[0].seen.here[:, None].clone()
             for layer in layers:
                 layer.is_recorded = True
-            self._replay = self._record(self._forward)
+            try:
+                self._replay = self._record(self._forward)
+            finally:
+                for layer in layers:
+                    layer.is_recorded = False
         else:
             self._is_warm = self._cache.is_static
             return step(self._model, self._cache, ids)

@@ -44,6 +44,7 @@ def test_replayed_steps_are_the_steps(small_model, name, allocation):
             found, other = decode(ids[:, at]), step(model, expected, ids[:, at])
             assert torch.equal(found, other), at
         assert decode.num_replayed > 10
+        assert torch.equal(step(model, cache, ids[:, 0]), step(model, expected, ids[:, 0]))
         for one, two in zip(states(cache), states(expected), strict=True):
             assert torch.equal(one, two)
 

@@ -1,12 +1,12 @@
 """What one decoded token costs on a CPU: attention of one layer, and a whole model through each cache.
 
-    python benchmarks/decode.py [--tokens 32768] [--rounds 5] [--threads 1] [--out benchmarks/results]
+    python benchmarks/decode.py [--tokens 32768] [--short 512] [--rounds 5] [--threads 1] [--out benchmarks/results]
 
 Attention: one layer of 32/8 heads of 128 over half and over twice as many random tokens, against torch's SDPA in
 float32 with the query group folded into query rows, and as transformers calls it, `enable_gqa`; the bytes that are read
 a second over those that a copy of a large buffer reads and writes. Model: a random llama of 4 layers, hidden 1024, 32/8
-heads of 128 in float32, its cache filled with random keys and values, low rank by random bases of half the channels;
-against transformers' DynamicCache under SDPA, and our own full cache by folded SDPA.
+heads of 128 in float32, its cache filled with the keys and values of many random tokens, and of few, low rank by random
+bases of half the channels; against transformers' DynamicCache under SDPA, and our own full cache by folded SDPA.
 All methods in turn in every round; medians, in processor time on one thread, else in wall time. Writes decode.json and
 decode.md.
 """
@@ -66,6 +66,7 @@ STATISTICS = {"h2o": "mass", "snapkv": "votes"}  # what attention to the prompt 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--short", type=int, default=512, help="tokens of a second table of the model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -88,6 +89,8 @@ def main() -> None:
                 for row in attention_rows(num_tokens, arguments.rounds, clock)
             ],
             "model": model_rows(arguments.tokens, arguments.rounds, clock),
+            "num_short_tokens": arguments.short,
+            "short": model_rows(arguments.short, 4 * arguments.rounds, clock),
             "backends": [choice._asdict() for choice in backend_report()],
         }
     page = markdown(found)
@@ -274,16 +277,26 @@ def markdown(found: dict[str, Any]) -> str:
     lines += [
         "",
         "A random llama of 4 layers, hidden 1024, 32/8 heads of 128, float32:",
+        *_model_table(found["model"]),
+        "",
+        f"The same over {found['num_short_tokens']:,} tokens, where a step is linear layers and overhead:",
+        *_model_table(found["short"]),
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _model_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
         "",
         "| cache | ms a token | quartiles | × transformers' | × full by SDPA | resident |",
         "|---|---|---|---|---|---|",
     ]
-    for row in found["model"]:
+    for row in rows:
         lines.append(
-            f"| {row['method']} | {row['ms']:.1f} | {_quartiles(row)} | {row['times_stock']:.1f} | "
+            f"| {row['method']} | {row['ms']:.1f} | {_quartiles(row)} | {row['times_stock']:.2f} | "
             f"{row['times_full_torch']:.1f} | {row['resident_bytes'] / 2**20:.0f} MiB |"
         )
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def _quartiles(row: dict[str, Any]) -> str:

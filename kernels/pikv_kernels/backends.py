@@ -103,6 +103,17 @@ def forced(backend: str) -> Iterator[None]:
         _newest_forced = before
 
 
+def newest_forced() -> str | None:
+    """Return the backend that is forced for the attention of new tokens, None where it is chosen."""
+    return _newest_forced
+
+
+def refuse_forced(what: str) -> None:
+    """Raise BackendError where a kernel is forced for `what`, which has none, such as "codec 'fp8'"."""
+    if _newest_forced not in (None, "torch"):
+        raise BackendError(f"backend '{_newest_forced}': no kernel for {what}")
+
+
 def backend_report() -> list[Choice]:
     """Return what was chosen so far, in the order of the first calls."""
     return list(_choices.values())

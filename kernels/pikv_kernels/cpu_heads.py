@@ -54,8 +54,10 @@ def attend_heads(
     out, (highest, total) = output.view(B * G, R, -1).numpy(), limits.view(2, B * G, R).numpy()
     own = (pages, num_stored, seen, heads_of_seen, float(scale), float(softcap or 0), out, highest, total, flat)
     over_heads(lambda first, end: kernel(rows, *stored, *own, first, end), B * G)
-    output += exact.sum(-1, keepdim=True) * 0.0  # NaN for a query that is not finite, which kernels do not look for
-    return Partial(output.to(query.dtype), (limits[0] + limits[1].log2()) * LN2, probs)
+    # NaN for a query that is not finite, which kernels do not look for.
+    output.add_(exact.sum(-1, keepdim=True), alpha=0.0)
+    most, sums = limits.unbind(0)
+    return Partial(output.to(query.dtype), sums.log2_().add_(most).mul_(LN2), probs)
 
 
 def by_head(x: torch.Tensor) -> np.ndarray:
@@ -67,13 +69,22 @@ def by_head(x: torch.Tensor) -> np.ndarray:
     B, G, S = x.shape[:3]
     inner = math.prod(x.shape[3:])
     head = x.stride(1) if G > 1 else x.stride(0) if B > 1 else S * inner
-    is_dense = x[0, 0].is_contiguous() and (1 in (B, G) or x.stride(0) == G * head)
+    is_dense = _is_dense(x.shape[2:], x.stride()[2:]) and (1 in (B, G) or x.stride(0) == G * head)
     is_buffer = is_dense and inner > 0 and head % inner == 0 and head >= S * inner
     if is_buffer and x.storage_offset() + B * G * head <= x.untyped_storage().nbytes() // x.itemsize:
         x = x.as_strided((B * G, head // inner, *x.shape[3:]), (head, inner, *x.stride()[3:]))
     else:
         x = x.contiguous().view(B * G, *x.shape[2:])
     return x.view(BITS.get(x.dtype, x.dtype)).numpy()
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    room = 1
+    for count, stride in zip(reversed(shape), reversed(strides)):
+        if count != 1 and stride != room:
+            return False
+        room *= count
+    return True
 
 
 def over_heads(work: Callable[[int, int], None], num_heads: int) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from kernel_checks import CPU
 from operation_recorder import record
 from small_models import CONFIGS
 
@@ -90,7 +91,7 @@ def refused(pikv, tmp_path, code, message, *arguments):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("backend", ["torch", "numba", pytest.param("triton", marks=CPU)])
 def test_what_is_forced_runs_and_is_in_the_result(pikv, tmp_path, backend):
     h2o = ("--policy", "h2o", "--budget", "0.5", "--max-new-tokens", 3, "--json", "--out", tmp_path / "out")
     code, out, error = pikv("generate", PROMPT, *h2o, "--backend", backend)
@@ -121,6 +122,12 @@ def test_what_is_no_backend_or_has_no_machine_is_refused(pikv, tmp_path, monkeyp
         refused(pikv, tmp_path, 2, "backend 'triton' needs a GPU", *verb, "--backend", "triton")
     with pytest.raises(UsageError, match="'numba' needs a CPU"), attending_by("numba", torch.device("cuda")):
         pass
+
+
+@CPU
+def test_codes_that_triton_does_not_read_are_refused_before_any_work(pikv, tmp_path):
+    for codec, why in (("int2", "codes of 2 bits"), ("levels", "codes of 9 bits")):
+        refused(pikv, tmp_path, 2, why, "generate", PROMPT, "--backend", "triton", "--codec", codec)
 
 
 def test_a_dtype_or_codec_without_a_kernel_is_refused_before_any_work(pikv, tmp_path, monkeypatch, shelved):

@@ -10,6 +10,7 @@ number that a pass of it reads. A budget is what a card with 4.3 TB/s executes w
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -31,11 +32,20 @@ import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pikv_kernels import attend_pages, compact, decode_attention, decode_codes, page_scores, quantize_kv, split_tokens
+from pikv_kernels import (
+    attend_codes,
+    attend_pages,
+    compact,
+    decode_attention,
+    decode_codes,
+    page_scores,
+    quantize_kv,
+    split_tokens,
+)
 
 BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
 PER_BYTE = 8.8  # instructions that an H200 executes while it reads a byte
-WITH_MASS = 1.1  # what lengths, a mask and the mass may cost beside the attention
+WITH_PROBS = 1.1  # what lengths, a mask and softmax rows may cost beside the attention
 QUANTISE = 23.0  # instructions a number that a whole cache of 2^30 numbers is quantised with in 850 µs
 POINTERS = {
     torch.float32: "*fp32",
@@ -75,14 +85,17 @@ class Recorder:
 def record(call: Callable[[], Any]) -> list[Launch]:
     """Return what a call would launch."""
     launches: list[Launch] = []
-    modules = (attend_pages, compact, decode_attention, decode_codes, page_scores, quantize_kv, split_tokens)
+    modules = (
+        *(attend_codes, attend_pages, compact, decode_attention, decode_codes),
+        *(page_scores, quantize_kv, split_tokens),
+    )
     kept = [(module, dict(vars(module))) for module in modules]
     for module, names in kept:
         for name, value in names.items():
             if isinstance(value, triton.runtime.jit.JITFunction) and name.startswith("_"):
                 setattr(module, name, Recorder(value, launches))
-            elif name == "choose":
-                module.choose = lambda *_: "triton"
+            elif name in ("choose", "choose_for_newest"):
+                setattr(module, name, lambda *_, **__: "triton")
     try:
         call()
     finally:
@@ -96,13 +109,14 @@ def compile_launch(launch: Launch, arch: int) -> Any:
     signature, constants, hints = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        is_known = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (is_known and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         signature[parameter.name] = (
             POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
         )
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (is_known and value % 16 == 0):
             hints[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=hints)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
@@ -164,8 +178,9 @@ def rows(arch: int, D: int, R: int) -> Iterator[dict[str, Any]]:
     query = torch.zeros(1, G * R, D, dtype=torch.bfloat16)
     full = decode_attention.FullKV(*torch.zeros(2, 1, G, S, D, dtype=torch.bfloat16).unbind(0))
     exact = decode_attention.FullKV(full.keys.float(), full.values.float())
-    codes = {bits: quantize_kv.quantize_kv(*full, bits, backend="torch") for bits in (8, 4)}
-    byte, scale = codes[8].key_codes, torch.ones(1, G, S // 64)
+    quantise = functools.partial(quantize_kv.quantize_kv, *full, unit_tokens=64, group_channels=min(64, D // 2))
+    codes = {bits: quantise(bits, backend="torch") for bits in (8, 4)}
+    byte, scale = torch.zeros(1, G, S, D, dtype=torch.uint8), torch.ones(1, G, S // 64)
     lengths, mask = torch.full((1, G), S), torch.ones(1, 1, S, dtype=torch.bool)
     pages = torch.zeros(1, G, 32, dtype=torch.int64)
     bounds = full.keys[:, :, ::16].contiguous()
@@ -173,31 +188,37 @@ def rows(arch: int, D: int, R: int) -> Iterator[dict[str, Any]]:
     def decode(store: Any, query: torch.Tensor = query, **options: Any) -> Callable[[], Any]:
         return lambda: decode_attention.decode_attention(query, store, 0.1, **options)
 
+    def codes_of(bits: int, **options: Any) -> Callable[[], Any]:
+        rows = query.view(1, G, R, D)
+        attend = attend_codes.attend_codes
+        return lambda: attend(rows, codes[bits], bits, options.pop("visible", None), 0.1, **options)
+
     float8 = decode_attention.Float8KV(byte, scale, byte, scale)
     everything: dict[str, Any] = {"lengths": lengths, "mask": mask, "with_mass": True}
     decodes = {
         "decode bfloat16": (decode(full), 2.0),
-        "decode bfloat16, lengths, mask, mass": (decode(full, **everything), 2.0),
+        "decode bfloat16, lengths, mask, probs": (decode(full, **everything), 2.0),
         "decode float32": (decode(exact, query.float()), 4.0),
         "decode fp8": (decode(float8), 1.0),
         "decode pages": (lambda: attend_pages.attend_pages(query, full, pages, 16, 0.1), 2.0),
-        "decode int8": (decode(codes[8]), 1.0),
-        "decode int8, lengths, mask, mass": (decode(codes[8], **everything), 1.0),
-        "decode int4": (decode(codes[4]), 0.5),
-        "decode int4, lengths, mask, mass": (decode(codes[4], **everything), 0.5),
+        "decode int8": (codes_of(8), 1.0),
+        "decode int8, mask, probs": (codes_of(8, visible=mask[:, :, None], with_probs=True), 1.0),
+        "decode int4": (codes_of(4), 0.5),
+        "decode int4, mask, probs": (codes_of(4, visible=mask[:, :, None], with_probs=True), 0.5),
     }
     for name, (call, number_bytes) in decodes.items():
         launch = record(call)[0]
         tight = D == 128 and R <= 8
         numbers = 2 * launch.arguments["TILE"] * D
-        budget = number_bytes * PER_BYTE * (WITH_MASS if "mass" in name else 1.0)
+        budget = number_bytes * PER_BYTE * (WITH_PROBS if "probs" in name else 1.0)
         yield describe(name, launch, numbers, budget if tight else None, arch)
-    merge, mass = record(decode(full, with_mass=True))[1:]
+    merge, normalise = record(decode(full, with_mass=True))[1:]
     yield describe("merge splits", merge, merge.arguments["SPLITS"] * D, None, arch)
-    yield describe("mass", mass, split_tokens.MASS_TOKENS * R, None, arch)
+    yield describe("normalise rows", normalise, split_tokens.PROBS_TOKENS, None, arch)
     for bits in (8, 4):
-        for kind, launch in zip(("keys", "values"), record(lambda bits=bits: quantize_kv.quantize_kv(*full, bits))):
-            yield describe(f"quantise {kind}, int{bits}", launch, 64 * D, QUANTISE if D == 128 else None, arch)
+        blocks = {"keys": 64 * quantize_kv.KEY_CHANNELS, "values": quantize_kv.VALUE_TOKENS * D}
+        for (kind, numbers), launch in zip(blocks.items(), record(lambda bits=bits: quantise(bits))):
+            yield describe(f"quantise {kind}, int{bits}", launch, numbers, QUANTISE if D == 128 else None, arch)
     launch = record(lambda: page_scores.page_scores(query.view(1, G, R, D), bounds, bounds, "triton"))[0]
     yield describe("page scores", launch, 2 * page_scores.PAGES_PER_PROGRAM * D, 2 * PER_BYTE, arch)
     launch = record(lambda: compact.compact(full.keys, torch.arange(S).expand(1, G, -1)))[0]

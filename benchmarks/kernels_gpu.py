@@ -1,6 +1,6 @@
 """The Triton kernels on a GPU: right at real sizes, then how fast beside a copy and torch's own attention.
 
-    python benchmarks/kernels_gpu.py [--json FILE] [--seconds 140] [--tiny]
+    python benchmarks/kernels_gpu.py [--json FILE] [--seconds 420] [--tiny]
 
 Needs torch and triton alone. Shapes are those of a layer of Llama 3.1 8B: 16 sequences of 32k tokens, 32 query heads
 over 8 key/value heads of 128 channels. Times are medians of CUDA events around a replayed graph, with the L2 cache
@@ -36,16 +36,20 @@ import triton
 from pikv_kernels import compact as compact_kernel
 from pikv_kernels import decode_attention as full_kernel
 from pikv_kernels import decode_codes as codes_kernel
+from pikv_kernels import quantize_kv as quantise_kernel
+from pikv_kernels.attend_codes import attend_codes, define_attend_codes
 from pikv_kernels.attend_pages import attend_pages, define_attend_pages
+from pikv_kernels.attend_tokens import attend_tokens
 from pikv_kernels.backends import backend_report
 from pikv_kernels.compact import compact
 from pikv_kernels.decode_attention import Float8KV, FullKV, Store, decode_attention, define_decode_attention
 from pikv_kernels.page_scores import page_scores, page_topk
-from pikv_kernels.quantize_kv import QuantizedKV, quantize_kv
+from pikv_kernels.quantize_kv import quantize_kv
 from pikv_kernels.split_tokens import Launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 16
+UNIT = 64
 FLUSHED_BYTES = 256 * 2**20
 HIGHEST_E4M3 = 448.0
 OTHER_SHAPES = (
@@ -83,12 +87,20 @@ class Inputs:
         return FullKV(*(self.normal(self.B, self.G, self.S, self.D) for _ in range(2)))
 
     @cached_property
-    def int8(self) -> QuantizedKV:
-        return quantize_kv(*self.full, 8, backend="torch")
+    def int8(self) -> dict[str, torch.Tensor]:
+        return self.quantised(8, "torch")
 
     @cached_property
-    def int4(self) -> QuantizedKV:
-        return quantize_kv(*self.full, 4, backend="torch")
+    def int4(self) -> dict[str, torch.Tensor]:
+        return self.quantised(4, "torch")
+
+    def quantised(self, bits: int, backend: str) -> dict[str, torch.Tensor]:
+        channels = next(width for width in range(min(UNIT, self.D), 0, -1) if self.D % width == 0)
+        return quantize_kv(*self.full, bits, UNIT, channels, backend=backend)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        return self.query.view(self.B, self.G, self.R, self.D)
 
     @cached_property
     def float8(self) -> Float8KV:
@@ -110,6 +122,13 @@ class Inputs:
         return page_topk(self.scores(), self.num_pages)
 
     @cached_property
+    def units(self) -> torch.Tensor:
+        num_read = min(self.S // UNIT, max(1, self.num_pages * PAGE // UNIT))
+        return (
+            torch.rand(self.B, self.G, self.S // UNIT, generator=self.generator, device=DEVICE).topk(num_read).indices
+        )
+
+    @cached_property
     def keep_half(self) -> torch.Tensor:
         chosen = torch.rand(self.B, self.G, self.S, generator=self.generator, device=DEVICE).topk(self.S // 2).indices
         return chosen.sort(-1).values
@@ -123,7 +142,7 @@ class Inputs:
         return torch.rand(self.B, 1, self.S, generator=self.generator, device=DEVICE) < 0.7
 
     def scores(self, backend: str | None = "triton") -> torch.Tensor:
-        return page_scores(self.query.view(self.B, self.G, self.R, self.D), *self.bounds, backend)
+        return page_scores(self.rows, *self.bounds, backend)
 
 
 def bytes_of(*tensors: torch.Tensor | None) -> int:
@@ -157,6 +176,34 @@ def check_store(
                 yield {"what": what, "relative": relative, "max": most, "right": relative <= allowed}
 
 
+def check_codes(
+    inputs: Inputs, codes: dict[str, torch.Tensor], bits: int, query: torch.Tensor, plainly: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Compare attention over codes with its definition: plainly, over some units, and with a mask, a cap and rows."""
+    rows = query.view_as(inputs.rows)
+    everything = {"visible": inputs.mask[:, :, None], "softcap": 5.0, "with_probs": True}
+    some = {"visible": inputs.mask[:, :, None], "units": inputs.units}
+    told = (("", {}), (", some units", some)) if plainly else ()
+    for what, options in (*told, (", mask and cap", everything)):
+        arguments = {"visible": None, "scale": inputs.scale} | options
+        expected = define_attend_codes(rows.float(), codes, bits, **arguments)  # type: ignore[arg-type]
+        found = attend_codes(rows, codes, bits, **arguments, backend="triton")  # type: ignore[arg-type]
+        for part, allowed in (("output", 1e-2), ("lse", 1e-3), ("probs", 1e-2)):
+            ours, theirs = getattr(found, part), getattr(expected, part)
+            if theirs is not None:
+                relative, most = differ(ours, theirs)
+                yield {"what": f"{part}{what}", "relative": relative, "max": most, "right": relative <= allowed}
+
+
+def check_rows(inputs: Inputs) -> Iterator[dict[str, Any]]:
+    """Compare what the cache asks for in full precision: a mask, a cap, and every query head's softmax row."""
+    arguments = (inputs.rows, *inputs.full, inputs.mask[:, :, None], inputs.scale, 5.0, True)
+    found, expected = (attend_tokens(*arguments, backend=backend) for backend in ("triton", "torch"))
+    for part, ours, theirs in zip(("output", "lse", "probs"), found, expected):
+        relative, most = differ(ours, theirs)
+        yield {"what": f"{part}, mask and cap", "relative": relative, "max": most, "right": relative <= 1e-2}
+
+
 def check_pages(inputs: Inputs) -> Iterator[dict[str, Any]]:
     relative, most = differ(inputs.scores(), inputs.scores("torch"))
     yield {"what": "scores", "relative": relative, "max": most, "right": relative <= 1e-2}
@@ -170,10 +217,10 @@ def check_pages(inputs: Inputs) -> Iterator[dict[str, Any]]:
 
 def check_quantize(inputs: Inputs, bits: int) -> Iterator[dict[str, Any]]:
     expected = inputs.int8 if bits == 8 else inputs.int4
-    found = quantize_kv(*inputs.full, bits, backend="triton")
-    for name, ours, theirs in zip(QuantizedKV._fields, found, expected):
-        share = (ours != theirs).double().mean().item()
-        yield {"what": f"{name}, share that differs", "relative": share, "max": 0.0, "right": share <= 2e-3}
+    for name, ours in inputs.quantised(bits, "triton").items():
+        share = (ours != expected[name]).double().mean().item()
+        allowed = 2e-3 if name.endswith("codes") else 0.0
+        yield {"what": f"{name}, share that differs", "relative": share, "max": 0.0, "right": share <= allowed}
 
 
 def check_compact(inputs: Inputs) -> Iterator[dict[str, Any]]:
@@ -194,10 +241,13 @@ def check_shape(D: int, R: int, tokens: int, stores: tuple[str, ...]) -> Iterato
         "float16": (lambda: FullKV(*(x.half() for x in inputs.full)), torch.float16),
         "bfloat16": (lambda: inputs.full, torch.bfloat16),
         "fp8": (lambda: inputs.float8, torch.bfloat16),
-        "int8": (lambda: inputs.int8, torch.float16),
-        "int4": (lambda: inputs.int4, torch.float32),
     }
     for name in stores:
+        if name.startswith("int"):
+            codes, dtype = getattr(inputs, name), torch.float16 if name == "int8" else torch.float32
+            for row in check_codes(inputs, codes, int(name[3:]), inputs.query.to(dtype), plainly=False):
+                yield row | {"what": f"{name} {row['what']}"}
+            continue
         make, dtype = known[name]
         tolerance = 1e-3 if name == "float32" else 1e-2
         for row in check_store(inputs, make(), inputs.query.to(dtype), tolerance, plainly=False):
@@ -242,19 +292,15 @@ def timed_ops(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Callable[[], A
     selected = 2 * B * G * inputs.num_pages * PAGE * D * 2
 
     def folded() -> Callable[[], Any]:
-        rows = inputs.query.view(B, G, R, D)
+        rows = inputs.rows
         return lambda: F.scaled_dot_product_attention(rows, *inputs.full, scale=inputs.scale)
 
     def unfolded() -> Callable[[], Any]:
         rows = inputs.query.view(B, G * R, 1, D)
         return lambda: F.scaled_dot_product_attention(rows, *inputs.full, scale=inputs.scale, enable_gqa=True)
 
-    def decode(store: str, with_mass: bool = False) -> Callable[[], Callable[[], Any]]:
-        def make() -> Callable[[], Any]:
-            stored = getattr(inputs, store)
-            return lambda: decode_attention(inputs.query, stored, inputs.scale, with_mass=with_mass, backend="triton")
-
-        return make
+    def decode(store: str, with_probs: bool = False) -> Callable[[], Callable[[], Any]]:
+        return lambda: decoding(inputs, store, with_probs)
 
     def pages() -> Callable[[], Any]:
         listed = inputs.pages
@@ -281,12 +327,12 @@ def timed_ops(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Callable[[], A
     yield "SDPA enable_gqa", unfolded, lambda: bytes_of(*inputs.full)
     yield "SDPA folded", folded, lambda: bytes_of(*inputs.full)
     for store, name in (("full", "bfloat16"), ("float8", "fp8"), ("int8", "int8"), ("int4", "int4")):
-        yield f"decode {name}", decode(store), lambda store=store: bytes_of(*getattr(inputs, store))
+        yield f"decode {name}", decode(store), lambda store=store: bytes_of(*parts_of(inputs, store))
         if name != "fp8":
             yield (
-                f"decode {name} with mass",
+                f"decode {name} with rows",
                 decode(store, True),
-                lambda store=store: bytes_of(*getattr(inputs, store)) + 4 * B * G * S,
+                lambda store=store: bytes_of(*parts_of(inputs, store)) + 4 * B * G * R * S,
             )
     yield "page scores", lambda: inputs.scores, lambda: bytes_of(*inputs.bounds)
     yield "page top-k", topk, lambda: 4 * B * G * S // PAGE
@@ -295,10 +341,36 @@ def timed_ops(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Callable[[], A
     for bits in (8, 4):
         yield (
             f"quantise int{bits}",
-            lambda bits=bits: lambda: quantize_kv(*inputs.full, bits, backend="triton"),
-            lambda bits=bits: bytes_of(*inputs.full, *(inputs.int8 if bits == 8 else inputs.int4)),
+            lambda bits=bits: lambda: inputs.quantised(bits, "triton"),
+            lambda bits=bits: bytes_of(*inputs.full, *parts_of(inputs, f"int{bits}")),
+        )
+    codes_read = inputs.units.shape[2] * UNIT * D * 2 * B * G
+    for bits in (8, 4):
+        yield (
+            f"attend units int{bits}",
+            lambda bits=bits: decoding(inputs, f"int{bits}", False, inputs.units),
+            lambda bits=bits: codes_read * bits // 8,
         )
     yield "compact half", move, lambda: bytes_of(*inputs.full) + 2 * bytes_of(inputs.keep_half)
+
+
+def parts_of(inputs: Inputs, store: str) -> list[torch.Tensor]:
+    """Return what a store is made of."""
+    stored = getattr(inputs, store)
+    return list(stored.values() if isinstance(stored, dict) else stored)
+
+
+def decoding(
+    inputs: Inputs, store: str, with_probs: bool = False, units: torch.Tensor | None = None
+) -> Callable[[], Any]:
+    """Return the call that attends over a store as the cache does, fp8 apart."""
+    stored, rows, scale = getattr(inputs, store), inputs.rows, inputs.scale
+    if store == "float8":
+        return lambda: decode_attention(inputs.query, stored, scale, backend="triton")
+    if store == "full":
+        return lambda: attend_tokens(rows, *stored, None, scale, None, with_probs, backend="triton")
+    bits = int(store[3:])
+    return lambda: attend_codes(rows, stored, bits, None, scale, None, with_probs, units, backend="triton")
 
 
 class Cut(NamedTuple):
@@ -316,20 +388,20 @@ class Cut(NamedTuple):
 
 
 def cuts(inputs: Inputs) -> Iterator[Cut]:
-    """Yield other cuts: (warps, tiles ahead, programs a multiprocessor), or bytes and tokens of a block."""
+    """Yield other cuts: (warps, tiles ahead, programs a multiprocessor), channels and tokens, or bytes and tokens."""
 
     def decode(store: str) -> Callable[[], Any]:
-        return lambda: decode_attention(inputs.query, getattr(inputs, store), inputs.scale, backend="triton")
+        return lambda: decoding(inputs, store)()
 
     def pages() -> Any:
         return attend_pages(inputs.query, inputs.full, inputs.pages, PAGE, inputs.scale, backend="triton")
 
     grid = {
-        "decode int4": (codes_kernel, "FEW_HEADS_4_BITS", decode("int4"), ((2, 3, 4), (2, 4, 6), (4, 3, 3), (2, 2, 6))),
-        "decode int8": (codes_kernel, "FEW_HEADS_8_BITS", decode("int8"), ((2, 3, 6), (2, 4, 4), (4, 3, 3), (4, 2, 4))),
-        "decode bfloat16": (full_kernel, "WHOLE", decode("full"), ((4, 3, 2), (4, 2, 4), (2, 3, 3), (8, 3, 3))),
+        "decode int4": (codes_kernel, "FEW_HEADS_4_BITS", decode("int4"), ((1, 2, 8), (1, 4, 6), (2, 3, 6), (2, 4, 4))),
+        "decode int8": (codes_kernel, "FEW_HEADS_8_BITS", decode("int8"), ((2, 4, 4), (2, 2, 6), (1, 3, 6), (4, 3, 3))),
+        "decode fp8": (full_kernel, "FLOAT8", decode("float8"), ((2, 4, 4), (1, 3, 8), (4, 3, 3))),
+        "decode bfloat16": (full_kernel, "WHOLE", decode("full"), ((4, 3, 2), (4, 2, 4), (2, 3, 3))),
         "attend pages": (full_kernel, "PAGES", pages, ((2, 2, 4), (4, 3, 3), (4, 4, 2), (2, 3, 1))),
-        "decode fp8": (full_kernel, "WHOLE", decode("float8"), ((4, 4, 3), (2, 3, 4), (8, 3, 3))),
     }
     for name, (module, constant, call, tried) in grid.items():
         standing = getattr(module, constant)
@@ -338,6 +410,9 @@ def cuts(inputs: Inputs) -> Iterator[Cut]:
             yield Cut(name, call, module, {constant: launch})
         for num_warps, num_stages, programs in tried:
             yield Cut(name, call, module, {constant: Launch(standing.tile, num_warps, num_stages, programs)})
+    for channels, tokens in ((32, 32), (128, 32), (64, 16), (64, 64)):
+        constants = {"KEY_CHANNELS": channels, "VALUE_TOKENS": tokens}
+        yield Cut("quantise int4", lambda: inputs.quantised(4, "triton"), quantise_kernel, constants)
     for block_bytes, block_tokens in ((64, 64), (64, 256), (128, 64), (128, 128), (256, 64)):
         constants = {"BLOCK_BYTES": block_bytes, "BLOCK_TOKENS": block_tokens}
         yield Cut(
@@ -453,7 +528,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32768, help="a multiple of 64")
     parser.add_argument("--pages", type=int, default=128, help="pages of 16 tokens that a head reads")
-    parser.add_argument("--seconds", type=float, default=140, help="begin no step after these")
+    parser.add_argument("--seconds", type=float, default=420, help="begin no step after these")
     parser.add_argument("--json", help="write everything there, after every step")
     parser.add_argument("--tiny", action="store_true", help="small tensors")
     parser.add_argument(
@@ -496,8 +571,15 @@ def main() -> None:
 def do_checks(run: Run, inputs: Inputs) -> None:
     """Compare every kernel with its definition."""
     print("checks against the definitions:", flush=True)
-    for name, store in (("bfloat16", "full"), ("fp8", "float8"), ("int8", "int8"), ("int4", "int4")):
+    for name, store in (("bfloat16", "full"), ("fp8", "float8")):
         run.check(f"decode {name}", lambda store=store: check_store(inputs, getattr(inputs, store), inputs.query, 1e-2))
+    run.check("attend bfloat16", lambda: check_rows(inputs))
+    for bits in (8, 4):
+        codes = f"int{bits}"
+        run.check(
+            f"attend {codes}",
+            lambda bits=bits, codes=codes: check_codes(inputs, getattr(inputs, codes), bits, inputs.query),
+        )
     run.check("pages", lambda: check_pages(inputs))
     for bits in (8, 4):
         run.check(f"quantise int{bits}", lambda bits=bits: check_quantize(inputs, bits))
@@ -506,7 +588,10 @@ def do_checks(run: Run, inputs: Inputs) -> None:
 
 def do_cuts(run: Run, inputs: Inputs) -> None:
     """Time the decoding kernels in other cuts."""
-    print("other cuts (warps, tiles ahead, programs a multiprocessor; bytes, tokens of a block):", flush=True)
+    print(
+        "other cuts (warps, tiles ahead, programs a multiprocessor; channels, tokens; bytes, tokens of a block):",
+        flush=True,
+    )
     for cut in cuts(inputs):
 
         def work(cut: Cut = cut) -> None:

@@ -22,6 +22,8 @@ def generate(
     calibration: Annotated[
         list[str], typer.Option(metavar="DIR", help="What was fitted to the model; repeatable.")
     ] = (),  # type: ignore[assignment]
+    backend: options.Backend = None,
+    graph: Annotated[bool | None, typer.Option("--graph", help="Replay steps at full budget as a CUDA graph.")] = None,
     rerotate: Annotated[
         bool | None, typer.Option("--rerotate", help="Read kept keys at positions 0, 1, 2, ...")
     ] = None,
@@ -48,6 +50,8 @@ def generate(
         "cache.codec": codec,
         "cache.calibration": list(calibration),
         "cache.rerotate": rerotate,
+        "backend": backend,
+        "graph": graph,
         "prompt_file": prompt_file,
         "prompts": prompts,
         "batch_size": batch_size,

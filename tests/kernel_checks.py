@@ -5,7 +5,7 @@ import torch
 
 from pikv_kernels.backends import INTERPRETED
 
-GPU = pytest.mark.gpu
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CPU = pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off")
 DEVICES = [pytest.param("cpu", marks=CPU), pytest.param("cuda", marks=GPU)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

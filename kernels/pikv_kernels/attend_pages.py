@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from pikv_kernels.backends import choose
-from pikv_kernels.decode_attention import Decoded, FullKV, attend_on_gpu, see_nothing
+from pikv_kernels.decode_attention import Decoded, FullKV, as_decoded, attend_on_gpu
 from pikv_kernels.partial_attention import partial_attention
+from pikv_kernels.split_tokens import see_nothing
 
 
 def attend_pages(
@@ -29,13 +30,8 @@ def attend_pages(
     """
     if choose("attend_pages", store.keys, backend) == "torch":
         return define_attend_pages(query, store, pages, page_tokens, scale, lengths)
-    G, S = store.keys.shape[1:3]
-    if pages.numel() * S == 0:
-        return see_nothing(query, G, S, with_mass=False)
-    if lengths is not None:
-        lengths = lengths.to(torch.int32).contiguous()
-    found = attend_on_gpu(query, store, scale, lengths, None, False, pages.contiguous(), page_tokens)
-    return Decoded(*found)
+    rows = query.unflatten(1, (store.keys.shape[1], -1))
+    return as_decoded(attend_on_gpu(rows, store, None, scale, None, False, lengths, pages, page_tokens))
 
 
 def define_attend_pages(
@@ -49,7 +45,7 @@ def define_attend_pages(
     """Do as `attend_pages` does, plainly: gather the tokens and attend over them in float32."""
     (B, H, D), (G, S) = query.shape, store.keys.shape[1:3]
     if pages.numel() * S == 0:
-        return see_nothing(query, G, S, with_mass=False)
+        return as_decoded(see_nothing(query.unflatten(1, (G, -1)), S, with_probs=False))
     token = (pages[..., None] * page_tokens + torch.arange(page_tokens, device=pages.device)).flatten(2)
     end = torch.full((B, G), S, device=pages.device) if lengths is None else lengths.clamp(max=S)
     visible = (token >= 0) & (token < end[:, :, None])

@@ -1,6 +1,7 @@
 """Which implementation of an operation runs, its plain definition, its Triton kernel or numba's, and why.
 
-Chosen once for an operation, device and dtype, or forced by the caller's `backend` or by `forced`.
+Chosen once for an operation, device and dtype, or forced by the caller's `backend` or by `forced`. On a GPU Triton's
+kernels run however few the tokens are: torch's own would launch no fewer.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ try:
     jit, constexpr = triton.jit, tl.constexpr
 except ImportError:  # no wheels for this platform: the decorated functions are never called
 
-    def jit(function: Any) -> Any:
-        return function
+    def jit(function: Any = None, **options: Any) -> Any:
+        return function or jit
 
     triton = tl = None
     constexpr = str
@@ -28,8 +29,14 @@ except ImportError:  # no wheels for this platform: the decorated functions are 
 # Read by Triton's decorators at import too. The interpreter multiplies bfloat16 bit patterns: kernels upcast under it.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 BACKENDS = ("torch", "triton")
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
+GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
+LEAST_CAPABILITY = (8, 0)  # for bfloat16 on the matrix units
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 LEAST_NUMBERS = 2**15  # stored keys from which numba's kernels are faster; calling one takes 40 µs
+
+
+class BackendError(ValueError):
+    """Tell that a forced backend is unknown or cannot run there."""
 
 
 class Choice(NamedTuple):
@@ -46,42 +53,65 @@ _choices: dict[tuple[Any, ...], Choice] = {}
 _newest_forced: str | None = None
 
 
-def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
+def choose(op: str, tensor: torch.Tensor, backend: str | None = None, hindrance: str | None = None) -> str:
     """Return the backend for an operation over a tensor; `backend` forces one.
 
-    Raises ValueError where the forced one is unknown or cannot run there.
+    hindrance: why Triton cannot run it, None where it can. Raises BackendError where the forced one is unknown or
+    cannot run there.
     """
-    key = (op, tensor.device.type, tensor.dtype, backend)
+    if backend is None and _newest_forced in BACKENDS:
+        backend = _newest_forced
+    key = (op, tensor.device.type, tensor.dtype, backend, hindrance)
     if key not in _choices:
         chosen, reason = _decide(tensor.device.type, backend)
+        if chosen == "triton" and hindrance:
+            chosen, reason = _unless(hindrance, backend, chosen, reason)
         _choices[key] = Choice(op, tensor.device.type, str(tensor.dtype).removeprefix("torch."), chosen, reason)
     return _choices[key].backend
 
 
-def choose_for_newest(op: str, query: torch.Tensor, stored: torch.Tensor, backend: str | None = None) -> str:
-    """Return "numba" or "torch" for the query of one new token over `stored` keys or what stands for them.
+def choose_for_newest(
+    op: str,
+    query: torch.Tensor,
+    stored: torch.Tensor,
+    backend: str | None = None,
+    hindrance: str | None = "no kernel for GPUs",
+) -> str:
+    """Return "numba", "triton" or "torch" for the query of one new token over `stored` keys or what stands for them.
 
-    Raises ValueError where the forced backend cannot run there.
+    hindrance: why Triton cannot run it, None where it can. Raises BackendError where the forced backend cannot run
+    there.
     """
     backend = backend or _newest_forced
     is_small = stored.numel() < LEAST_NUMBERS
     learns = torch.is_grad_enabled() and (query.requires_grad or stored.requires_grad)
-    key = (op, stored.device.type, stored.dtype, backend, is_small, learns)
+    key = (op, stored.device.type, stored.dtype, backend, is_small, learns, hindrance)
     if key not in _choices:
-        chosen, reason = _decide_newest(stored, backend, is_small, learns)
+        chosen, reason = _decide_newest(stored, backend, is_small, learns, hindrance)
         _choices[key] = Choice(op, stored.device.type, str(stored.dtype).removeprefix("torch."), chosen, reason)
     return _choices[key].backend
 
 
 @contextmanager
 def forced(backend: str) -> Iterator[None]:
-    """Force "numba" or "torch" for the attention of new tokens within."""
+    """Force "numba", "triton" or "torch" for the attention of new tokens within; the last two for all else as well."""
     global _newest_forced
     before, _newest_forced = _newest_forced, backend
     try:
         yield
     finally:
         _newest_forced = before
+
+
+def newest_forced() -> str | None:
+    """Return the backend that is forced for the attention of new tokens, None where it is chosen."""
+    return _newest_forced
+
+
+def refuse_forced(what: str) -> None:
+    """Raise BackendError where a kernel is forced for `what`, which has none, such as "codec 'fp8'"."""
+    if _newest_forced not in (None, "torch"):
+        raise BackendError(f"backend '{_newest_forced}': no kernel for {what}")
 
 
 def backend_report() -> list[Choice]:
@@ -91,36 +121,65 @@ def backend_report() -> list[Choice]:
 
 def _decide(device: str, backend: str | None) -> tuple[str, str]:
     if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"unknown backend '{backend}', known: {', '.join(BACKENDS)}")
+        raise BackendError(f"unknown backend '{backend}', known: {', '.join(BACKENDS)}")
     if backend == "triton":
         if triton is None:
-            raise ValueError("backend 'triton' needs the package triton, which is not installed")
+            raise BackendError("backend 'triton' needs the package triton, which is not installed")
         if device != "cuda" and not INTERPRETED:
-            raise ValueError(f"backend 'triton' needs a GPU, the tensors are on '{device}'")
-        return backend, "forced, run by Triton's interpreter" if INTERPRETED else "forced"
+            raise BackendError(f"backend 'triton' needs a GPU, the tensors are on '{device}'")
+        return backend, _told_forced(backend)
     if backend == "torch":
         return backend, "forced"
     if device != "cuda":
         return "torch", f"no kernel for device '{device}'"
     if triton is None:
         return "torch", "the package triton is not installed"
+    if torch.version.cuda is None or torch.cuda.get_device_capability() < LEAST_CAPABILITY:
+        return "torch", "the kernels need a GPU of NVIDIA's, of compute capability 8.0 or above"
     return "triton", "a GPU and triton are there"
 
 
-def _decide_newest(stored: torch.Tensor, backend: str | None, is_small: bool, learns: bool) -> tuple[str, str]:
-    if backend not in (None, "torch", "numba"):
-        raise ValueError(f"backend '{backend}' does not attend with one new token, known: torch, numba")
-    reason = None
-    if stored.device.type != "cpu":
-        reason = f"no kernel for device '{stored.device.type}'"
-    elif stored.dtype not in CPU_DTYPES:
-        reason = f"no kernel for {str(stored.dtype).removeprefix('torch.')}"
-    elif learns:
-        reason = "no kernel has gradients"
+def _decide_newest(
+    stored: torch.Tensor, backend: str | None, is_small: bool, learns: bool, hindrance: str | None
+) -> tuple[str, str]:
+    if backend not in (None, "torch", "numba", "triton"):
+        raise BackendError(f"unknown backend '{backend}', known: torch, numba, triton")
+    device, unknown = stored.device.type, f"no kernel for {str(stored.dtype).removeprefix('torch.')}"
     if backend == "torch":
         return backend, "forced"
-    if backend is None and (reason or is_small):
-        return "torch", reason or "too few tokens for a kernel to pay"
-    if reason:
-        raise ValueError(f"backend 'numba': {reason}")
-    return "numba", "forced" if backend else "a CPU and one new token"
+    if learns:
+        hindrance = "no kernel has gradients"
+    if backend == "triton" or (backend is None and device == "cuda"):
+        chosen, why = _decide(device, backend)
+        if chosen == "torch":
+            return chosen, why
+        return _unless(hindrance if stored.dtype in GPU_DTYPES else unknown, backend, chosen, "a GPU and one new token")
+    reason = "no kernel has gradients" if learns else None
+    if device != "cpu":
+        reason = f"no kernel for device '{device}'"
+    elif stored.dtype not in CPU_DTYPES:
+        reason = unknown
+    elif stored.dtype is torch.float16 and not _cpu_reads_half():
+        reason = "this processor has no instruction for float16"
+    elif is_small and backend is None and not learns:
+        reason = "too few tokens for a kernel to pay"
+    return _unless(reason, backend, "numba", "a CPU and one new token")
+
+
+def _unless(reason: str | None, forced: str | None, backend: str, why: str) -> tuple[str, str]:
+    """Return the backend and why it is chosen, or torch where a reason speaks against it."""
+    if reason is None:
+        return backend, _told_forced(backend) if forced else why
+    if forced:
+        raise BackendError(f"backend '{backend}': {reason}")
+    return "torch", reason
+
+
+def _told_forced(backend: str) -> str:
+    return "forced, run by Triton's interpreter" if backend == "triton" and INTERPRETED else "forced"
+
+
+def _cpu_reads_half() -> bool:
+    from pikv_kernels.cpu_product import READS_HALF  # numba is loaded where a kernel is about to be
+
+    return READS_HALF

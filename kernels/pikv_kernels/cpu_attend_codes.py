@@ -18,9 +18,10 @@ from pikv_kernels.cpu_product import add_product
 def make_kernel(R: int, D: int, V: int, C: int, T: int, bits: int) -> Callable[..., None]:
     """Return the kernel for R query rows, D channels of a key and V in C groups of a value, and units of T tokens.
 
-    It takes arrays [heads,·,...] and the range of heads to attend for. units: int64 [heads,K] to read, or [0,0] for the
-    first `num_units`. seen: bool [·,S], one row for `heads_of_seen` heads, or [0,0] for all; probs [heads,R,S] or
-    [0,0,0] for none. It writes output, probs, and the highest logit and the weights' sum [heads,R] in powers of two.
+    It takes arrays [heads,·,...] and the range of heads to attend for. units: int64 [heads,K] to read of the first
+    `num_units`, or [0,0] for all of these. seen: bool [·,S], one row for `heads_of_seen` heads, or [0,0] for all; probs
+    [heads,R,S] or [0,0,0] for none. It writes output, probs, and the highest logit and the weights' sum [heads,R] in
+    powers of two.
     """
     W = V // C
     KEY_BYTES, VALUE_BYTES = D * T * bits // 8, V * T * bits // 8
@@ -41,9 +42,12 @@ def make_kernel(R: int, D: int, V: int, C: int, T: int, bits: int) -> Callable[.
             zeros[:] = np.float32(0)
             most[:] = LOWEST
             sums[:] = np.float32(0)
-            for place in range(num_units):
+            num_read = units.shape[1] if len(units) else num_units
+            for place in range(num_read):
                 u = units[n, place] if len(units) else place
-                to_next = units[n, min(place + 1, num_units - 1)] - u if len(units) else 1
+                if u >= num_units:
+                    continue
+                to_next = units[n, min(place + 1, num_read - 1)] - u if len(units) else 1
                 of_scale, of_zero = key_scale[n, u], key_zero[n, u]
                 for r in range(R):
                     row, target, added = query[n, r], scaled[r], np.float32(0)

@@ -69,6 +69,21 @@ def from_half(bits):
 
 
 @inlined
+def from_upper_half(bits):
+    """Return the number with these bits of bfloat16."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@inlined
+def multiply(rows, factor, R, num_tokens):
+    """Multiply rows [R,T] by a number."""
+    for r in range(R):
+        row = rows[r]
+        for i in range(num_tokens):
+            row[i] *= factor
+
+
+@inlined
 def hide(logits, seen, R, num_tokens):
     """Take tokens that are not `seen` [T] from the logits [R,T]."""
     for r in range(R):

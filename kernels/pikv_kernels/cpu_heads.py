@@ -6,9 +6,10 @@ Shapes: B batch, G key/value heads, S stored rows (tokens or units).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,16 +17,18 @@ import torch
 from pikv_kernels.partial_attention import Partial
 
 ALL_READ, ALL_SEEN = np.empty((0, 0), np.int64), np.empty((0, 0), np.bool_)
+NO_SCALES = np.empty((0, 0), np.float32)
 NO_PROBS = np.empty((0, 0, 0), np.float32)
 LN2 = math.log(2)
+BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float8_e4m3fn: torch.int8}  # see `_numbers`
 
 
 def attend_heads(
     kernel: Callable[..., None],
     query: torch.Tensor,
-    stored: list[np.ndarray],
+    stored: Sequence[Any],
     read: torch.Tensor | None,
-    num_read: int,
+    num_stored: int,
     num_tokens: int,
     value_channels: int,
     visible: torch.Tensor | None,
@@ -33,9 +36,9 @@ def attend_heads(
     softcap: float | None,
     with_probs: bool,
 ) -> Partial:
-    """Run a kernel of one new token, query [B,G,R,D], over stored arrays [B·G,·,...].
+    """Run a kernel of one new token, query [B,G,R,D], over what is stored, arrays [B·G,·,...] and what goes with them.
 
-    read: int64 [B,G,K] of what is read, or None for the first `num_read`; visible: bool [B,1|G,1,S].
+    read: int64 [B,G,K] of what is read of the first `num_stored`, or None for all of these; visible: bool [B,1|G,1,S].
     """
     B, G, R, _ = query.shape
     exact = query.detach().float().contiguous()
@@ -49,14 +52,16 @@ def attend_heads(
     probs = exact.new_empty(B, G, R, num_tokens) if with_probs else None
     flat = NO_PROBS if probs is None else probs.view(B * G, R, num_tokens).numpy()
     out, (highest, total) = output.view(B * G, R, -1).numpy(), limits.view(2, B * G, R).numpy()
-    own = (pages, num_read, seen, heads_of_seen, float(scale), float(softcap or 0), out, highest, total, flat)
+    own = (pages, num_stored, seen, heads_of_seen, float(scale), float(softcap or 0), out, highest, total, flat)
     over_heads(lambda first, end: kernel(rows, *stored, *own, first, end), B * G)
-    output += exact.sum(-1, keepdim=True) * 0.0  # NaN for a query that is not finite, which kernels do not look for
-    return Partial(output.to(query.dtype), (limits[0] + limits[1].log2()) * LN2, probs)
+    # NaN for a query that is not finite, which kernels do not look for.
+    output.add_(exact.sum(-1, keepdim=True), alpha=0.0)
+    most, sums = limits.unbind(0)
+    return Partial(output.to(query.dtype), sums.log2_().add_(most).mul_(LN2), probs)
 
 
 def by_head(x: torch.Tensor) -> np.ndarray:
-    """Return a C-contiguous view [B·G,·,...] of x [B,G,S,...], room behind the S rows included; 16-bit floats as bits.
+    """Return a C-contiguous view [B·G,·,...] of x [B,G,S,...], room behind the S rows included; small floats as bits.
 
     What does not lie like the start of a buffer [B,G,·,...] is copied.
     """
@@ -64,13 +69,22 @@ def by_head(x: torch.Tensor) -> np.ndarray:
     B, G, S = x.shape[:3]
     inner = math.prod(x.shape[3:])
     head = x.stride(1) if G > 1 else x.stride(0) if B > 1 else S * inner
-    is_dense = x[0, 0].is_contiguous() and (1 in (B, G) or x.stride(0) == G * head)
-    is_buffer = is_dense and head % inner == 0 and head >= S * inner
+    is_dense = _is_dense(x.shape[2:], x.stride()[2:]) and (1 in (B, G) or x.stride(0) == G * head)
+    is_buffer = is_dense and inner > 0 and head % inner == 0 and head >= S * inner
     if is_buffer and x.storage_offset() + B * G * head <= x.untyped_storage().nbytes() // x.itemsize:
         x = x.as_strided((B * G, head // inner, *x.shape[3:]), (head, inner, *x.stride()[3:]))
     else:
         x = x.contiguous().view(B * G, *x.shape[2:])
-    return (x.view(torch.uint16) if x.dtype in (torch.float16, torch.bfloat16) else x).numpy()
+    return x.view(BITS.get(x.dtype, x.dtype)).numpy()
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    room = 1
+    for count, stride in zip(reversed(shape), reversed(strides)):
+        if count != 1 and stride != room:
+            return False
+        room *= count
+    return True
 
 
 def over_heads(work: Callable[[int, int], None], num_heads: int) -> None:

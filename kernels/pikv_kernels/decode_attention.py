@@ -1,8 +1,8 @@
-"""Attention of one new token over a store of keys and values: full, 8-bit floats, or codes of 8 or 4 bits.
+"""Attention of one new token over a store of keys and values: in full precision, or in 8-bit floats.
 
-The kernels split the tokens over programs and merge by log-sum-exp (flash-decoding); this file's reads full precision,
-e4m3 and pages of full precision, `decode_codes` the codes. Shapes: B batch, G key/value heads, R query heads of a
-group, H = G·R, S stored tokens, D head dim, P pages, U units of tokens that share a scale.
+The kernel splits the tokens over programs and merges by log-sum-exp (flash-decoding); `decode_codes` reads codes.
+Shapes: B batch, G key/value heads, R query rows of a head's group, H = G·R, S stored tokens, D head dim, P pages,
+U units of tokens that share a scale.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import NamedTuple
 import torch
 
 from pikv_kernels.backends import INTERPRETED, choose, constexpr, jit, tl
-from pikv_kernels.decode_codes import decode_codes
 from pikv_kernels.float8 import decode_e4m3
-from pikv_kernels.partial_attention import partial_attention
-from pikv_kernels.quantize_kv import QuantizedKV, dequantize_kv
+from pikv_kernels.partial_attention import Partial, partial_attention
 from pikv_kernels.split_tokens import (
     LEAST_CHANNELS,
     LOG2E,
     Launch,
+    cap,
     dot,
     mask_strides,
     merge_splits,
     next_power,
     plan_splits,
+    see_nothing,
 )
 
 # Each byte goes to the upper half of 16 bits; all but its sign is shifted by one.
@@ -40,6 +40,7 @@ FROM_E4M3 = constexpr("""{
     lop3.b32 $1, high, 0x80008000, high_rest, 0xEA;
 }""")
 WHOLE = Launch(tile=64, num_warps=4, num_stages=3, programs_per_sm=3)
+FLOAT8 = Launch(tile=64, num_warps=2, num_stages=3, programs_per_sm=4)
 PAGES = Launch(tile=64, num_warps=2, num_stages=3, programs_per_sm=3)
 WIDE = Launch(
     tile=32, num_warps=4, num_stages=3, programs_per_sm=3
@@ -64,7 +65,7 @@ class Float8KV(NamedTuple):
     value_scale: torch.Tensor
 
 
-Store = FullKV | Float8KV | QuantizedKV
+Store = FullKV | Float8KV
 
 
 class Decoded(NamedTuple):
@@ -92,21 +93,11 @@ def decode_attention(
     lengths: tokens [B,G] (int32) that a head sees of the first ones. mask: bool [B,1|G,S], tokens that are seen; both
     must allow a token. What is stored of tokens not seen may be NaN. backend: "torch" or "triton" forces one.
     """
-    numbers = store[0]
-    if choose("decode_attention", numbers, backend) == "torch":
+    if choose("decode_attention", store[0], backend) == "torch":
         return define_decode_attention(query, store, scale, lengths, mask, with_mass)
-    B, G, S = numbers.shape[:3]
-    if B * G * S == 0:
-        return see_nothing(query, G, S, with_mass)
-    if lengths is not None:
-        lengths = lengths.to(torch.int32).contiguous()
-    if mask is not None and mask.stride(-1) != 1:
-        mask = mask.contiguous()
-    if isinstance(store, QuantizedKV):
-        found = decode_codes(query, store, scale, lengths, mask, with_mass)
-    else:
-        found = attend_on_gpu(query, store, scale, lengths, mask, with_mass)
-    return Decoded(*found)
+    visible = None if mask is None else mask[:, :, None]
+    rows = query.unflatten(1, (store[0].shape[1], -1))
+    return as_decoded(attend_on_gpu(rows, store, visible, scale, None, with_mass, lengths))
 
 
 def define_decode_attention(
@@ -119,9 +110,10 @@ def define_decode_attention(
 ) -> Decoded:
     """Do as `decode_attention` does, plainly: the store in float32, and all logits at once."""
     keys, values = to_float32(store)
-    (B, H, D), (G, S) = query.shape, keys.shape[1:3]
-    if B * G * S == 0:
-        return see_nothing(query, G, S, with_mass)
+    rows = query.float().unflatten(1, (keys.shape[1], -1))
+    S = keys.shape[2]
+    if S == 0:
+        return as_decoded(see_nothing(rows.to(query.dtype), S, with_mass))
     visible = None
     if lengths is not None:
         visible = torch.arange(S, device=keys.device) < lengths[:, :, None]
@@ -130,17 +122,14 @@ def define_decode_attention(
     if visible is not None:
         values = values.masked_fill(~visible[..., None], 0.0)
         visible = visible[:, :, None]
-    part = partial_attention(query.float().view(B, G, H // G, D), keys, values, visible, scale, with_probs=with_mass)
-    mass = None if part.probs is None else part.probs.sum(dim=2)
-    return Decoded(part.output.view(B, H, D).to(query.dtype), part.lse.view(B, H), mass)
+    part = partial_attention(rows, keys, values, visible, scale, with_probs=with_mass)
+    return as_decoded(part._replace(output=part.output.to(query.dtype)))
 
 
 def to_float32(store: Store) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a store's keys and values [B,G,S,D] as float32."""
     if isinstance(store, FullKV):
         return store.keys.float(), store.values.float()
-    if isinstance(store, QuantizedKV):
-        return dequantize_kv(store, torch.float32)
     scales = (
         scale.repeat_interleave(store.key_codes.shape[2] // max(1, scale.shape[2]), dim=2)[..., None]
         for scale in (store.key_scale, store.value_scale)
@@ -149,11 +138,10 @@ def to_float32(store: Store) -> tuple[torch.Tensor, torch.Tensor]:
     return decode_e4m3(store.key_codes) * key_scale, decode_e4m3(store.value_codes) * value_scale
 
 
-def see_nothing(query: torch.Tensor, G: int, S: int, with_mass: bool) -> Decoded:
-    """Return what a query [B,H,D] gets of no tokens."""
-    mass = query.new_zeros(len(query), G, S, dtype=torch.float32) if with_mass else None
-    lse = torch.full(query.shape[:2], -torch.inf, device=query.device)
-    return Decoded(torch.zeros_like(query), lse, mass)
+def as_decoded(part: Partial) -> Decoded:
+    """Return a part's heads side by side, and the mass of a group."""
+    mass = None if part.probs is None else part.probs.sum(dim=2)
+    return Decoded(part.output.flatten(1, 2), part.lse.flatten(1), mass)
 
 
 @jit
@@ -166,14 +154,14 @@ def _from_e4m3(codes, PLAIN: tl.constexpr):
         return tl.inline_asm_elementwise(FROM_E4M3, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
 
 
-@jit
+@jit(do_not_specialize=["num_tokens", "num_listed", "stride_mb", "stride_mg"])  # what grows, as in `decode_codes`
 def _attend_split(
-    query, keys, values, key_scale, value_scale, pages, lengths, mask, partial, partial_lse, weights, tile_max,
-    num_tokens, num_listed, split_tokens, scale, G, unit_tokens, stride_kb, stride_kg, stride_kt,
+    query, keys, values, key_scale, value_scale, pages, lengths, mask, partial, partial_lse, probs,
+    num_tokens, num_listed, split_tokens, scale, softcap, G, stride_kb, stride_kg, stride_kt,
     stride_vb, stride_vg, stride_vt, stride_mb, stride_mg,
     R: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
-    PAGE: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, FLOAT8: tl.constexpr,
-    WITH_MASS: tl.constexpr, UPCAST: tl.constexpr,
+    PAGE: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CAP: tl.constexpr,
+    UNIT: tl.constexpr, WITH_PROBS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # One program a key/value head and split. Walked are listed tokens: those of the pages, or all (PAGE 0).
     head = tl.program_id(0).to(tl.int64)
@@ -182,7 +170,7 @@ def _attend_split(
     real, inside = row < R, column < D
     there = real[:, None] & inside[None, :]
     q = tl.load(query + (head * R + row[:, None]) * D + column[None, :], mask=there, other=0.0)
-    if FLOAT8:
+    if UNIT:  # e4m3, whose scales that many tokens share
         q = q.to(tl.float16)
         scale *= 256.0
     else:
@@ -217,76 +205,96 @@ def _attend_split(
             stored = seen[:, None] & inside[None, :]
         k = tl.load(keys + token[:, None] * stride_kt + column[None, :], mask=stored, other=0)
         v = tl.load(values + token[:, None] * stride_vt + column[None, :], mask=stored, other=0)
-        tile_scale = scale
-        if FLOAT8:
-            unit = head * (num_tokens // unit_tokens) + start // unit_tokens
-            tile_scale *= tl.load(key_scale + unit)
+        if UNIT:
+            unit = head * (num_tokens // UNIT) + token // UNIT
             k, v = _from_e4m3(k, UPCAST), _from_e4m3(v, UPCAST)
-        logits = tl.where(seen[None, :], dot(q, tl.trans(k), UPCAST) * tile_scale, float("-inf"))
+            own_scale = tl.load(key_scale + unit, mask=seen, other=0.0) * scale
+            logits = dot(q, tl.trans(k), UPCAST) * own_scale[None, :]
+        else:
+            logits = dot(q, tl.trans(k), UPCAST) * scale
+        if HAS_CAP:
+            logits = cap(logits, softcap)
+        logits = tl.where(seen[None, :], logits, float("-inf"))
+        if WITH_PROBS:
+            at = (head * R + row) * num_tokens
+            tl.store(probs + at[:, None] + token[None, :], logits, mask=real[:, None] & (listed < last)[None, :])
         higher = tl.maximum(highest, tl.max(logits, 1))
         weight = tl.exp2(logits - higher[:, None])
         fade = tl.exp2(highest - higher)
         highest = higher
         total = total * fade + tl.sum(weight, 1)
-        if FLOAT8:
-            unit_scale = tl.load(value_scale + unit) * 256.0
-            output = output * fade[:, None] + dot(weight.to(tl.float16), v, UPCAST) * unit_scale
-        else:
-            output = output * fade[:, None] + dot(weight.to(v.dtype), v, UPCAST)
-        if WITH_MASS:
-            at = (head * R + row) * num_tokens
-            spilled = weight.to(weights.dtype.element_ty)
-            tl.store(weights + at[:, None] + listed[None, :], spilled, mask=real[:, None] & (listed < last)[None, :])
-            tl.store(tile_max + (head * R + row) * tl.cdiv(num_tokens, TILE) + start // TILE, highest, mask=real)
+        if UNIT:
+            weight *= tl.load(value_scale + unit, mask=seen, other=0.0)[None, :] * 256.0
+        output = output * fade[:, None] + dot(weight.to(v.dtype), v, UPCAST)
     output = output / tl.where(total > 0, total, 1.0)[:, None]
     at = (head * R + row) * tl.num_programs(1) + split
     tl.store(partial + at[:, None] * D + column[None, :], output, mask=there)
     tl.store(partial_lse + at, tl.where(total > 0, highest + tl.log2(total), float("-inf")), mask=real)
 
 
-def _launch(rows: int, head_dim: int, exact: bool, by_pages: bool) -> Launch:
+def _launch(rows: int, head_dim: int, dtype: torch.dtype, by_pages: bool) -> Launch:
+    exact = dtype == torch.float32
     if exact and rows >= 16:
         return EXACT_ROWS
     if exact or head_dim > 128:
         return WIDE
-    return PAGES if by_pages else WHOLE
+    return PAGES if by_pages else FLOAT8 if dtype == torch.uint8 else WHOLE
+
+
+def what_hinders(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
+    """Return why the kernel cannot attend query [B,G,R,D] over keys and values [B,G,S,D], None where it can."""
+    if query.shape[3] > 256 or keys.shape != values.shape:
+        return "no kernel for these head dims"
+    return None
 
 
 def attend_on_gpu(
     query: torch.Tensor,
-    store: FullKV | Float8KV,
+    store: Store,
+    visible: torch.Tensor | None,
     scale: float,
-    lengths: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    with_mass: bool,
+    softcap: float | None = None,
+    with_probs: bool = False,
+    lengths: torch.Tensor | None = None,
     pages: torch.Tensor | None = None,
     page_tokens: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return output, log-sum-exp and mass by the kernel; of the listed pages [B,G,P] alone, where -1 is none."""
+) -> Partial:
+    """Attend query [B,G,R,D] by the kernel; `visible` bool [B,1|G,1,S], None for all.
+
+    lengths: tokens [B,G] that a head sees of the first ones. pages: [B,G,P] that are read alone, without probs, in any
+    order, each once; -1 is none. What is stored of tokens not seen may be NaN.
+    """
+    assert pages is None or not with_probs
     if isinstance(store, Float8KV):
         keys, values = store.key_codes, store.value_codes
         key_scale, value_scale = store.key_scale.contiguous(), store.value_scale.contiguous()
-        unit_tokens = keys.shape[2] // key_scale.shape[2]
+        unit_tokens = keys.shape[2] // max(1, key_scale.shape[2])
     else:
-        (keys, values), key_scale, value_scale, unit_tokens = store, None, None, WHOLE.tile
-    (B, H, D), (G, S) = query.shape, keys.shape[1:3]
+        (keys, values), key_scale, value_scale, unit_tokens = store, None, None, 0
+    (B, G, R, D), S = query.shape, keys.shape[2]
     query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (query.contiguous(), keys, values))
     exact = keys.dtype == torch.float32
-    rows = next_power(H // G, 1 if exact else LEAST_ROWS)
-    launch = _launch(rows, D, exact, pages is not None)
+    rows = next_power(R, 1 if exact else LEAST_ROWS)
+    launch = _launch(rows, D, keys.dtype, pages is not None)
     tile = launch.tile
-    if unit_tokens % tile:
-        raise ValueError(f"the kernel reads scales that {tile} tokens share or a multiple of it, got {unit_tokens}")
     listed = S if pages is None else pages.shape[2] * page_tokens
-    spill = torch.float32 if exact else torch.float16
-    space = plan_splits(query, G, listed, launch, (S, spill) if with_mass else None)
+    if listed * S * B * G == 0:
+        return see_nothing(query, S, with_probs)
+    if pages is not None:
+        pages = pages.contiguous()
+    if lengths is not None:
+        lengths = lengths.to(torch.int32).contiguous()
+    if visible is not None and visible.stride(-1) != 1:
+        visible = visible.contiguous()
+    space = plan_splits(query, listed, launch, S if with_probs else None)
     _attend_split[(B * G, space.num_splits)](
-        query, keys, values, key_scale, value_scale, pages, lengths, mask if mask is None else mask.view(torch.uint8),
-        *space[1:], S, listed, space.split_tokens, scale * LOG2E, G, unit_tokens,
-        *keys.stride()[:3], *values.stride()[:3], *mask_strides(mask),
-        R=H // G, ROWS=rows, D=D, COLUMNS=next_power(D, LEAST_CHANNELS), TILE=tile,
-        PAGE=page_tokens, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None,
-        FLOAT8=key_scale is not None, WITH_MASS=with_mass, UPCAST=INTERPRETED,
+        query, keys, values, key_scale, value_scale, pages, lengths,
+        visible if visible is None else visible.view(torch.uint8), *space[1:],
+        S, listed, space.split_tokens, scale * LOG2E, (softcap or 0.0) * LOG2E, G,
+        *keys.stride()[:3], *values.stride()[:3], *mask_strides(visible),
+        R=R, ROWS=rows, D=D, COLUMNS=next_power(D, LEAST_CHANNELS), TILE=tile,
+        PAGE=page_tokens, HAS_LENGTHS=lengths is not None, HAS_MASK=visible is not None, HAS_CAP=softcap is not None,
+        UNIT=unit_tokens, WITH_PROBS=with_probs, UPCAST=INTERPRETED,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
-    return merge_splits(space, query.dtype, lengths, tile)
+    return merge_splits(space, query.dtype, lengths)

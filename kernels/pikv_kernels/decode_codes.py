@@ -1,35 +1,46 @@
-"""Attention of one new token over codes of 8 or 4 bits, as `quantize_kv` makes them: the Triton kernel.
+"""Attention of one new token over KIVI's codes of 8 or 4 bits, as the cache stores them: the Triton kernel.
 
 Products run on the codes themselves, centred at zero, since a common offset would drown them in 16-bit operands. Key
-scales are folded into the query and value scales into the softmax weights. Two bytes are read at a time, which gives
-four quarters of the channels: 2j, 2j + D/2, 2j + 1 and 2j + 1 + D/2. The numbers are made two at a time by setting an
-exponent's bits over the code's, without a conversion; the interpreter, which knows no assembly, makes them plainly.
-Tokens are the rows of the products, so that few query heads waste little. Shapes as in `decode_attention`.
+scales are folded into the query and value scales into the softmax weights. Two bytes are read at a time: of keys, whose
+bytes run along the tokens, they are tokens 2j and 2j + 1 of a unit, at 4 bits each with the one T/2 later; of values
+channels 2j, 2j + V/2, 2j + 1 and 2j + 1 + V/2. A tile is a unit, its tokens in the order in which keys give them. The
+numbers are made two at a time by setting an exponent's bits over the code's, without a conversion; the interpreter,
+which knows no assembly, makes them plainly. Tokens are the rows of the products, so that few query heads waste little.
+Shapes: B batch, G key/value heads, R query rows of a head's group, U units of T tokens, K units that are read, D head
+dim, C groups of a value's channels.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 
 from pikv_kernels.backends import INTERPRETED, constexpr, jit, tl
-from pikv_kernels.quantize_kv import GROUP_TOKENS, QuantizedKV
+from pikv_kernels.partial_attention import Partial
 from pikv_kernels.split_tokens import (
     LEAST_CHANNELS,
     LOG2E,
     Launch,
+    cap,
     dot,
     mask_strides,
     merge_splits,
     next_power,
     plan_splits,
+    see_nothing,
 )
 
-LEAST_ROWS = 8  # query heads of a program: columns of a product on the matrix units
-FEW_HEADS_4_BITS = Launch(tile=GROUP_TOKENS, num_warps=2, num_stages=3, programs_per_sm=6)
-FEW_HEADS_8_BITS = FEW_HEADS_4_BITS._replace(programs_per_sm=4)  # for their registers
-# More query heads or channels take more registers, which more warps share.
-MANY_HEADS = Launch(tile=GROUP_TOKENS, num_warps=4, num_stages=3, programs_per_sm=3)
-MOST_HEADS = Launch(tile=GROUP_TOKENS, num_warps=8, num_stages=3, programs_per_sm=1)
+PARTS = ("key_codes", "key_scale", "key_zero", "value_codes", "value_scale", "value_zero")
+LEAST_ROWS = 8  # query rows of a program: columns of a product on the matrix units
+LEAST_TOKENS = 16  # of a product on the matrix units
+FEW_HEADS_4_BITS = Launch(tile=64, num_warps=1, num_stages=3, programs_per_sm=8)
+FEW_HEADS_8_BITS = Launch(tile=64, num_warps=2, num_stages=3, programs_per_sm=4)
+# More query heads or channels take more registers, which more warps share; each takes all codes apart.
+MANY_HEADS = Launch(tile=64, num_warps=2, num_stages=3, programs_per_sm=4)
+WIDE_HEADS = Launch(tile=64, num_warps=4, num_stages=3, programs_per_sm=2)
+MOST_ROWS = 16  # whose sums fit registers
 
 # Keys as float16: 0x6400 is 1024 and counts ones in its last bits, so a code in the bits above counts sixteens.
 KEYS_4_BITS = constexpr("""{
@@ -52,14 +63,10 @@ KEYS_8_BITS = constexpr("""{
     .reg .b32 whole, less;
     mov.b32 whole, 0x3C003C00;
     mov.b32 less, 0xE480E480;
-    prmt.b32 $0, $4, 0x64646464, 0x4240;
-    prmt.b32 $1, $5, 0x64646464, 0x4240;
-    prmt.b32 $2, $4, 0x64646464, 0x4341;
-    prmt.b32 $3, $5, 0x64646464, 0x4341;
+    prmt.b32 $0, $2, 0x64646464, 0x4240;
+    prmt.b32 $1, $2, 0x64646464, 0x4341;
     fma.rn.f16x2 $0, $0, whole, less;
     fma.rn.f16x2 $1, $1, whole, less;
-    fma.rn.f16x2 $2, $2, whole, less;
-    fma.rn.f16x2 $3, $3, whole, less;
 }""")
 # Values as bfloat16, whose range small softmax weights need: 0x4300 is 128 and counts ones in its last seven bits.
 VALUES_4_BITS = constexpr("""{
@@ -104,8 +111,6 @@ def _plain_codes(low, high, BITS: tl.constexpr):
     """Return the four quarters, centred, as float32."""
     MOST: tl.constexpr = 2**BITS - 1
     CENTRE: tl.constexpr = 2 ** (BITS - 1)
-    if BITS == 4:
-        high = low >> 4
     return (
         ((low & MOST) - CENTRE).to(tl.float32),
         ((high & MOST) - CENTRE).to(tl.float32),
@@ -115,27 +120,38 @@ def _plain_codes(low, high, BITS: tl.constexpr):
 
 
 @jit
-def _key_codes(low, high, BITS: tl.constexpr, PLAIN: tl.constexpr):
-    """Return the four quarters, centred, of pairs of bytes; at 8 bits `high` holds the upper half's channels."""
-    if PLAIN:
-        return _plain_codes(low, high, BITS)
-    elif BITS == 4:
-        return tl.inline_asm_elementwise(
-            KEYS_4_BITS, "=&r,=&r,=&r,=&r,r", [low],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
+def _multiply_keys(pairs, q, BITS: tl.constexpr, PLAIN: tl.constexpr):
+    """Return the products [TILE,ROWS] of the centred codes of pairs of bytes [J,D] with query rows [D,ROWS].
+
+    At 4 bits row 4j + 2p + q is token 2j + p·T/2 + q of the unit, at 8 bits row j is token j.
+    """
+    if BITS == 4:
+        if PLAIN:
+            k0, k1, k2, k3 = _plain_codes(pairs, pairs >> 4, BITS)
+        else:
+            k0, k1, k2, k3 = tl.inline_asm_elementwise(
+                KEYS_4_BITS, "=&r,=&r,=&r,=&r,r", [pairs],
+                dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+            )  # fmt: skip
+        even = tl.join(dot(k0, q, PLAIN), dot(k1, q, PLAIN))
+        odd = tl.join(dot(k2, q, PLAIN), dot(k3, q, PLAIN))
+        products = tl.permute(tl.join(even, odd), (0, 2, 3, 1))
     else:
-        return tl.inline_asm_elementwise(
-            KEYS_8_BITS, "=&r,=&r,=&r,=&r,r,r", [low, high],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
+        if PLAIN:
+            k0, _, k1, _ = _plain_codes(pairs, pairs, BITS)
+        else:
+            k0, k1 = tl.inline_asm_elementwise(
+                KEYS_8_BITS, "=&r,=&r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+            )
+        products = tl.permute(tl.join(dot(k0, q, PLAIN), dot(k1, q, PLAIN)), (0, 2, 1))
+    return tl.reshape(products, (pairs.shape[0] * (16 // BITS), q.shape[1]))
 
 
 @jit
 def _value_codes(low, high, BITS: tl.constexpr, PLAIN: tl.constexpr):
-    """Return what `_key_codes` does, of values."""
+    """Return four quarters of channels, centred, of pairs of bytes; `high`: the upper half's, at 8 bits."""
     if PLAIN:
-        return _plain_codes(low, high, BITS)
+        return _plain_codes(low, low >> 4 if BITS == 4 else high, BITS)
     elif BITS == 4:
         return tl.inline_asm_elementwise(
             VALUES_4_BITS, "=&r,=&r,=&r,=&r,r", [low],
@@ -149,35 +165,48 @@ def _value_codes(low, high, BITS: tl.constexpr, PLAIN: tl.constexpr):
 
 
 @jit
+def _scaled(codes, scale, zero, at, channel, seen, D: tl.constexpr, C: tl.constexpr, CENTRE: tl.constexpr):
+    """Return the numbers [COLUMNS,TILE] that centred codes of some channels stand for, in bfloat16."""
+    group = tl.minimum(channel // (D // C), C - 1)
+    s = tl.load(scale + at[None, :] + group[:, None], mask=seen[None, :], other=0.0).to(tl.float32)
+    z = tl.load(zero + at[None, :] + group[:, None], mask=seen[None, :], other=0.0).to(tl.float32)
+    return (codes.to(tl.float32) * s + (z + CENTRE * s)).to(tl.bfloat16)
+
+
+# What grows with a sequence: Triton would compile anew where it becomes a multiple of 16, or 1.
+@jit(do_not_specialize=["num_units", "num_read", "split_units", "room", "stride_mb", "stride_mg"])
 def _attend_split(
-    query, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, lengths, mask,
-    partial, partial_lse, weights, tile_max, num_tokens, split_tokens, scale, G, stride_mb, stride_mg,
-    R: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
-    BITS: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, WITH_MASS: tl.constexpr,
+    query, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, units, mask,
+    partial, partial_lse, probs, num_units, num_read, split_units, room, scale, softcap, G, stride_mb, stride_mg,
+    R: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+    C: tl.constexpr, T: tl.constexpr, PAIRS: tl.constexpr, TILE: tl.constexpr, BITS: tl.constexpr,
+    HAS_UNITS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CAP: tl.constexpr, WITH_PROBS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    # One program a key/value head and split. A tile is a group of the keys; codes are read as pairs of bytes.
-    PAIRS: tl.constexpr = D * BITS // 16
+    # One program a key/value head and split; a head's units begin `room` units after those of the one before.
+    ROW_PAIRS: tl.constexpr = D * BITS // 16
+    UNIT_PAIRS: tl.constexpr = T * BITS // 16
     QUARTER: tl.constexpr = D // 4
     HALF: tl.constexpr = D // 2
     CENTRE: tl.constexpr = 2.0 ** (BITS - 1)
     head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    row, column, offset = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, TILE)
+    row, channel, column = tl.arange(0, ROWS), tl.arange(0, CHANNELS), tl.arange(0, COLUMNS)
+    pair, place = tl.arange(0, PAIRS), tl.arange(0, TILE)
     real, inside = row < R, column < QUARTER
-    there = real[None, :] & inside[:, None]
-    rows = query + (head * R + row[None, :]) * D + 2 * column[:, None]
-    q0 = tl.load(rows, mask=there, other=0.0).to(tl.float32) * scale
-    q1 = tl.load(rows + HALF, mask=there, other=0.0).to(tl.float32) * scale
-    q2 = tl.load(rows + 1, mask=there, other=0.0).to(tl.float32) * scale
-    q3 = tl.load(rows + 1 + HALF, mask=there, other=0.0).to(tl.float32) * scale
+    if BITS == 4:
+        token = place // 4 * 2 + place // 2 % 2 * (T // 2) + place % 2
+        whole = place < 4 * UNIT_PAIRS
+    else:
+        token, whole = place, place < T
+    q = tl.load(
+        query + (head * R + row[None, :]) * D + channel[:, None],
+        mask=real[None, :] & (channel < D)[:, None], other=0.0,
+    ).to(tl.float32) * scale  # fmt: skip
     if HAS_MASK:
         mask += head // G * stride_mb + head % G * stride_mg
-    end = num_tokens
-    if HAS_LENGTHS:
-        end = tl.minimum(tl.load(lengths + head), num_tokens)
-    first = split * split_tokens
-    last = tl.minimum(first + split_tokens, end)
+    first = split * split_units
+    last = tl.minimum(first + split_units, num_read)
     highest = tl.full([ROWS], -1.0e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     low_zero = tl.zeros([ROWS], tl.float32)
@@ -186,96 +215,147 @@ def _attend_split(
     o1 = tl.zeros([COLUMNS, ROWS], tl.float32)
     o2 = tl.zeros([COLUMNS, ROWS], tl.float32)
     o3 = tl.zeros([COLUMNS, ROWS], tl.float32)
-    for start in range(first, last, TILE):
-        token = start + offset
-        pairs = (head * num_tokens + token[:, None]) * PAIRS + column[None, :]
-        # The tile's tokens are all stored; what lies beyond the channels is never used.
-        k_low = tl.load(key_codes + pairs, mask=inside[None, :], other=0)
-        k_high = k_low
-        v_low = tl.load(value_codes + pairs, mask=inside[None, :], other=0)
-        v_high = v_low
-        if BITS == 8:
-            k_high = tl.load(key_codes + pairs + QUARTER, mask=inside[None, :], other=0)
-            v_high = tl.load(value_codes + pairs + QUARTER, mask=inside[None, :], other=0)
-        at = (head * num_tokens + start) // TILE * D + 2 * column
-        s0 = tl.load(key_scale + at, mask=inside, other=0.0).to(tl.float32)
-        s1 = tl.load(key_scale + at + HALF, mask=inside, other=0.0).to(tl.float32)
-        s2 = tl.load(key_scale + at + 1, mask=inside, other=0.0).to(tl.float32)
-        s3 = tl.load(key_scale + at + 1 + HALF, mask=inside, other=0.0).to(tl.float32)
-        z0 = tl.load(key_zero + at, mask=inside, other=0.0).to(tl.float32) + CENTRE * s0
-        z1 = tl.load(key_zero + at + HALF, mask=inside, other=0.0).to(tl.float32) + CENTRE * s1
-        z2 = tl.load(key_zero + at + 1, mask=inside, other=0.0).to(tl.float32) + CENTRE * s2
-        z3 = tl.load(key_zero + at + 1 + HALF, mask=inside, other=0.0).to(tl.float32) + CENTRE * s3
-        k0, k1, k2, k3 = _key_codes(k_low, k_high, BITS, UPCAST)
-        logits = dot(k0, (q0 * s0[:, None]).to(tl.float16), UPCAST)
-        logits += dot(k1, (q1 * s1[:, None]).to(tl.float16), UPCAST)
-        logits += dot(k2, (q2 * s2[:, None]).to(tl.float16), UPCAST)
-        logits += dot(k3, (q3 * s3[:, None]).to(tl.float16), UPCAST)
-        shift = tl.sum(q0 * z0[:, None] + q1 * z1[:, None] + q2 * z2[:, None] + q3 * z3[:, None], 0)
-        logits += shift[None, :]
-        seen = token < last
+    for listed in range(first, last):
+        unit = listed
+        seen = whole
+        if HAS_UNITS:
+            unit = tl.load(units + head * num_read + listed).to(tl.int32)
+            seen = seen & (unit * T + token < num_units * T)
+            unit = tl.minimum(unit, num_units - 1)
+        at = head * room + unit
         if HAS_MASK:
-            seen = seen & (tl.load(mask + token, mask=seen, other=0) != 0)
-        if HAS_LENGTHS or HAS_MASK:
+            seen = seen & (tl.load(mask + unit * T + token, mask=seen, other=0) != 0)
+        pairs = (at * D + channel[None, :]) * UNIT_PAIRS + pair[:, None]
+        if CHANNELS == D and PAIRS == UNIT_PAIRS:
+            k = tl.load(key_codes + pairs)
+        else:
+            k = tl.load(key_codes + pairs, mask=(channel < D)[None, :] & (pair < UNIT_PAIRS)[:, None], other=0)
+        s = tl.load(key_scale + at * D + channel, mask=channel < D, other=0.0).to(tl.float32)
+        z = tl.load(key_zero + at * D + channel, mask=channel < D, other=0.0).to(tl.float32) + CENTRE * s
+        logits = _multiply_keys(k, (q * s[:, None]).to(tl.float16), BITS, UPCAST)
+        logits += tl.sum(q * z[:, None], 0)[None, :]
+        if HAS_CAP:
+            logits = cap(logits, softcap)
+        if HAS_MASK or HAS_UNITS or PAIRS != UNIT_PAIRS:
             logits = tl.where(seen[:, None], logits, float("-inf"))
+        if WITH_PROBS:
+            rows = (head * R + row) * (num_units * T)
+            tl.store(probs + rows[None, :] + (unit * T + token)[:, None], logits, mask=real[None, :] & whole[:, None])
         higher = tl.maximum(highest, tl.max(logits, 0))
         weight = tl.exp2(logits - higher[None, :])
         fade = tl.exp2(highest - higher)
         highest = higher
         total = total * fade + tl.sum(weight, 0)
 
-        at = (head * num_tokens + token) * 2
-        w0 = tl.load(value_scale + at, mask=seen, other=0.0).to(tl.float32)
-        w1 = tl.load(value_scale + at + 1, mask=seen, other=0.0).to(tl.float32)
-        y0 = tl.load(value_zero + at, mask=seen, other=0.0).to(tl.float32) + CENTRE * w0
-        y1 = tl.load(value_zero + at + 1, mask=seen, other=0.0).to(tl.float32) + CENTRE * w1
+        rows = (at * T + token[None, :]) * ROW_PAIRS + column[:, None]
+        # A unit's tokens are all stored; what lies beyond the channels is never used.
+        stored = inside[:, None] if PAIRS == UNIT_PAIRS else inside[:, None] & whole[None, :]
+        v_low = tl.load(value_codes + rows, mask=stored, other=0)
+        v_high = v_low
+        if BITS == 8:
+            v_high = tl.load(value_codes + rows + QUARTER, mask=stored, other=0)
         v0, v1, v2, v3 = _value_codes(v_low, v_high, BITS, UPCAST)
-        low_weight = (weight * w0[:, None]).to(tl.bfloat16)
-        high_weight = (weight * w1[:, None]).to(tl.bfloat16)
-        o0 = o0 * fade[None, :] + dot(tl.trans(v0), low_weight, UPCAST)
-        o1 = o1 * fade[None, :] + dot(tl.trans(v1), high_weight, UPCAST)
-        o2 = o2 * fade[None, :] + dot(tl.trans(v2), low_weight, UPCAST)
-        o3 = o3 * fade[None, :] + dot(tl.trans(v3), high_weight, UPCAST)
-        low_zero = low_zero * fade + tl.sum(weight * y0[:, None], 0)
-        high_zero = high_zero * fade + tl.sum(weight * y1[:, None], 0)
-        if WITH_MASS:
-            at = (head * R + row) * num_tokens
-            spilled = weight.to(weights.dtype.element_ty)
-            tl.store(weights + at[None, :] + token[:, None], spilled, mask=real[None, :] & (token < last)[:, None])
-            tl.store(tile_max + (head * R + row) * (num_tokens // TILE) + start // TILE, highest, mask=real)
-    whole = 1.0 / tl.where(total > 0, total, 1.0)[None, :]
+        rows = (at * T + token) * C
+        if C <= 2:
+            w0 = tl.load(value_scale + rows, mask=seen, other=0.0).to(tl.float32)
+            y0 = tl.load(value_zero + rows, mask=seen, other=0.0).to(tl.float32) + CENTRE * w0
+            low_weight = (weight * w0[:, None]).to(tl.bfloat16)
+            low_zero = low_zero * fade + tl.sum(weight * y0[:, None], 0)
+            high_weight = low_weight
+            if C == 2:
+                w1 = tl.load(value_scale + rows + 1, mask=seen, other=0.0).to(tl.float32)
+                y1 = tl.load(value_zero + rows + 1, mask=seen, other=0.0).to(tl.float32) + CENTRE * w1
+                high_weight = (weight * w1[:, None]).to(tl.bfloat16)
+                high_zero = high_zero * fade + tl.sum(weight * y1[:, None], 0)
+        else:
+            low_weight = weight.to(tl.bfloat16)
+            high_weight = low_weight
+            v0 = _scaled(v0, value_scale, value_zero, rows, 2 * column, seen, D, C, CENTRE)
+            v1 = _scaled(v1, value_scale, value_zero, rows, 2 * column + HALF, seen, D, C, CENTRE)
+            v2 = _scaled(v2, value_scale, value_zero, rows, 2 * column + 1, seen, D, C, CENTRE)
+            v3 = _scaled(v3, value_scale, value_zero, rows, 2 * column + 1 + HALF, seen, D, C, CENTRE)
+        o0 = o0 * fade[None, :] + dot(v0, low_weight, UPCAST)
+        o1 = o1 * fade[None, :] + dot(v1, high_weight, UPCAST)
+        o2 = o2 * fade[None, :] + dot(v2, low_weight, UPCAST)
+        o3 = o3 * fade[None, :] + dot(v3, high_weight, UPCAST)
+    if C == 1:
+        high_zero = low_zero
+    whole_share = 1.0 / tl.where(total > 0, total, 1.0)[None, :]
     at = (head * R + row) * tl.num_programs(1) + split
     outputs = partial + at[None, :] * D + 2 * column[:, None]
-    tl.store(outputs, (o0 + low_zero[None, :]) * whole, mask=there)
-    tl.store(outputs + HALF, (o1 + high_zero[None, :]) * whole, mask=there)
-    tl.store(outputs + 1, (o2 + low_zero[None, :]) * whole, mask=there)
-    tl.store(outputs + 1 + HALF, (o3 + high_zero[None, :]) * whole, mask=there)
+    there = real[None, :] & inside[:, None]
+    tl.store(outputs, (o0 + low_zero[None, :]) * whole_share, mask=there)
+    tl.store(outputs + HALF, (o1 + high_zero[None, :]) * whole_share, mask=there)
+    tl.store(outputs + 1, (o2 + low_zero[None, :]) * whole_share, mask=there)
+    tl.store(outputs + 1 + HALF, (o3 + high_zero[None, :]) * whole_share, mask=there)
     tl.store(partial_lse + at, tl.where(total > 0, highest + tl.log2(total), float("-inf")), mask=real)
+
+
+def what_hinders(query: torch.Tensor, codes: Mapping[str, torch.Tensor], bits: int) -> str | None:
+    """Return why the kernel cannot attend query [B,G,R,D] over these codes, None where it can."""
+    T, D = codes["value_codes"].shape[3], query.shape[3]
+    if bits not in (4, 8):
+        return f"no kernel for codes of {bits} bits"
+    if T not in (16, 32, 64, 128):
+        return f"no kernel for units of {T} tokens"
+    if D % 4 or D > 256 or codes["value_codes"].shape[4] * 8 != D * bits:
+        return "no kernel for these head dims"
+    if query.shape[2] > MOST_ROWS:
+        return f"no kernel for more than {MOST_ROWS} query rows"
+    return None
 
 
 def decode_codes(
     query: torch.Tensor,
-    store: QuantizedKV,
+    codes: Mapping[str, torch.Tensor],
+    bits: int,
+    visible: torch.Tensor | None,
     scale: float,
-    lengths: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    with_mass: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return output [B,H,D], log-sum-exp [B,H] and mass [B,G,S] or None by the kernel."""
-    B, H, D = query.shape
-    G, S = store.key_codes.shape[1:3]
-    query, store = query.contiguous(), QuantizedKV(*(part.contiguous() for part in store))
-    rows = next_power(H // G, LEAST_ROWS)
-    few_heads = FEW_HEADS_4_BITS if store.bits == 4 else FEW_HEADS_8_BITS
-    launch = (few_heads, MANY_HEADS, MOST_HEADS)[(rows > LEAST_ROWS) + (D > 128)]
-    space = plan_splits(query, G, S, launch, (S, torch.float16) if with_mass else None)
+    softcap: float | None = None,
+    with_probs: bool = False,
+    units: torch.Tensor | None = None,
+) -> Partial:
+    """Attend query [B,G,R,D] over codes by the kernel; the arguments are those of `attend_codes`."""
+    B, G, R, D = query.shape
+    U, T, C = codes["value_scale"].shape[2:]
+    if units is not None:
+        units = units.contiguous()
+    num_read = U if units is None else units.shape[2]
+    if num_read * U * B * G == 0:
+        return see_nothing(query, U * T, with_probs)
+    parts, room = _in_place([codes[name] for name in PARTS])
+    rows = next_power(R, LEAST_ROWS)
+    few_heads = FEW_HEADS_4_BITS if bits == 4 else FEW_HEADS_8_BITS
+    launch = (WIDE_HEADS if D > 128 else MANY_HEADS if rows > LEAST_ROWS else few_heads)._replace(tile=T)
+    space = plan_splits(query, num_read * T, launch, U * T if with_probs else None)
+    pairs = max(LEAST_TOKENS, T * bits // 16)
+    if visible is not None and visible.stride(-1) != 1:
+        visible = visible.contiguous()
     _attend_split[(B * G, space.num_splits)](
-        query, store.key_codes.view(torch.int16), store.key_scale, store.key_zero,
-        store.value_codes.view(torch.int16), store.value_scale, store.value_zero, lengths,
-        mask if mask is None else mask.view(torch.uint8), *space[1:],
-        S, space.split_tokens, scale * LOG2E, G, *mask_strides(mask),
-        R=H // G, ROWS=rows, D=D, COLUMNS=next_power(D // 4, LEAST_CHANNELS),
-        TILE=GROUP_TOKENS, BITS=store.bits, HAS_LENGTHS=lengths is not None, HAS_MASK=mask is not None,
-        WITH_MASS=with_mass, UPCAST=INTERPRETED, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        query.contiguous(), *(x.view(torch.int16) if x.dtype == torch.uint8 else x for x in parts), units,
+        visible if visible is None else visible.view(torch.uint8), *space[1:],
+        U, num_read, space.split_tokens // T, room, scale * LOG2E, (softcap or 0.0) * LOG2E, G, *mask_strides(visible),
+        R=R, ROWS=rows, D=D, CHANNELS=next_power(D, LEAST_CHANNELS), COLUMNS=next_power(D // 4, LEAST_CHANNELS),
+        C=C, T=T, PAIRS=pairs, TILE=pairs * 16 // bits, BITS=bits, HAS_UNITS=units is not None,
+        HAS_MASK=visible is not None, HAS_CAP=softcap is not None, WITH_PROBS=with_probs, UPCAST=INTERPRETED,
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
-    return merge_splits(space, query.dtype, lengths, GROUP_TOKENS)
+    return merge_splits(space, query.dtype, None)
+
+
+def _in_place(parts: list[torch.Tensor]) -> tuple[list[torch.Tensor], int]:
+    """Return parts [B,G,U,...] whose heads begin equally many units apart, and how many; copies where they do not."""
+    rooms = {_room(x) for x in parts}
+    room = rooms.pop()
+    if rooms or not room:
+        return [x.contiguous() for x in parts], parts[0].shape[2]
+    return parts, room
+
+
+def _room(x: torch.Tensor) -> int:
+    """Return how many units after those of a head [B,G,U,...] the next one's begin, 0 where that is no number."""
+    B, G, U = x.shape[:3]
+    inner = math.prod(x.shape[3:])
+    head = x.stride(1) if G > 1 else x.stride(0) if B > 1 else U * inner
+    is_even = x[0, 0].is_contiguous() and head % inner == 0 and (1 in (B, G) or x.stride(0) == G * head)
+    return head // inner if is_even else 0

@@ -13,7 +13,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Return codes [...,L] below 2^bits as bytes [...,L·bits/8]; L is a multiple of `grain(bits)`."""
     assert codes.shape[-1] % grain(bits) == 0
     packed = []
-    for shift, width in _parts(bits):
+    for shift, width in parts_of(bits):
         part = (codes >> shift & 2**width - 1).to(torch.uint8)
         first, *others = part.chunk(8 // width, dim=-1)
         for run, other in enumerate(others, start=1):
@@ -24,7 +24,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Return codes [...,L] (uint8 up to 8 bits, int32 above), given what `pack` returned."""
-    parts = _parts(bits)
+    parts = parts_of(bits)
     length = packed.shape[-1] * 8 // bits
     runs = packed.split([length * width // 8 for _, width in parts], dim=-1)
     # Strided runs of a few bytes would be shifted byte by byte.
@@ -39,10 +39,10 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 def grain(bits: int) -> int:
     """Return the number of codes that a packed length must be a multiple of."""
-    return max(8 // width for _, width in _parts(bits))
+    return max(8 // width for _, width in parts_of(bits))
 
 
-def _parts(bits: int) -> list[tuple[int, int]]:
+def parts_of(bits: int) -> list[tuple[int, int]]:
     """Return (shift, width) of a code's parts."""
     assert 1 <= bits <= 16
     parts, shift = [], 0

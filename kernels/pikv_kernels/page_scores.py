@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from pikv_kernels.backends import choose, choose_for_newest, jit, tl, triton
+from pikv_kernels.backends import choose_for_newest, jit, tl, triton
 from pikv_kernels.split_tokens import next_power
 
 PAGES_PER_PROGRAM = 32
@@ -20,15 +20,15 @@ def page_scores(
 
     Per query head the bound is Σ_c max(q_c·highest_c, q_c·lowest_c); a group's score is the sum over its heads,
     which makes it one matrix-vector product each for the positive and the negative part of the query. The definition
-    computes in the inputs' dtype and returns it, the kernels in float32. backend: "torch", "numba" on a CPU, "triton".
+    computes in the inputs' dtype and returns it, the kernels in float32. backend: "torch", "numba" or "triton".
     """
+    chosen = choose_for_newest("page_scores", query, lowest, backend, hindrance=None)
+    if chosen == "triton":
+        return _score_on_gpu(query, lowest, highest)
     positive = query.clamp(min=0).sum(dim=2, keepdim=True)
     negative = query.clamp(max=0).sum(dim=2, keepdim=True)
-    if lowest.is_cpu and backend != "triton":
-        if choose_for_newest("page_scores", query, lowest, backend) == "numba":
-            return _score_on_cpu(positive, negative, lowest, highest)
-    elif choose("page_scores", highest, backend) == "triton":
-        return _score_on_gpu(query, lowest, highest)
+    if chosen == "numba":
+        return _score_on_cpu(positive, negative, lowest, highest)
     score = torch.matmul(positive, highest.transpose(-1, -2)) + torch.matmul(negative, lowest.transpose(-1, -2))
     return score[:, :, 0]
 
@@ -38,7 +38,7 @@ def page_topk(scores: torch.Tensor, num_pages: int) -> torch.Tensor:
     return scores.topk(min(num_pages, scores.shape[-1]), dim=-1, sorted=False).indices
 
 
-@jit
+@jit(do_not_specialize=["num_pages"])
 def _score(
     query, lowest, highest, scores, num_pages, G, stride_lb, stride_lg, stride_lp, stride_hb, stride_hg, stride_hp,
     R: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,

@@ -38,7 +38,11 @@ def partial_attention(
         logits = softcap * torch.tanh(logits / softcap)
     if visible is not None:
         logits.masked_fill_(~visible, -torch.inf)
-    highest = logits.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
+    lowest = torch.finfo(torch.float32).min
+    if logits.shape[-1]:
+        highest = logits.amax(dim=-1, keepdim=True).clamp_(min=lowest)
+    else:
+        highest = logits.new_full((*logits.shape[:-1], 1), lowest)
     probs = logits.sub_(highest).exp_()
     total = probs.sum(dim=-1, keepdim=True)
     lse = (highest + total.log())[..., 0]

@@ -1,66 +1,63 @@
 """Asymmetric round-to-nearest quantisation, with float16 scale and zero point per group (KIVI, arXiv 2402.02750).
 
-`quantize` does it along any dimension. `quantize_kv` makes the store that `decode_attention` reads: keys per channel
-over 64 tokens, values per token over halves of the channels. Shapes: B batch, G key/value heads, S tokens, U = S/64,
-D head dim.
+`quantize` does it along any dimension, `quantize_kv` makes the codes of a store: keys per channel over the tokens of a
+unit, values per token over groups of channels. Shapes: B batch, G key/value heads, U units of T tokens, S = U·T, D
+channels of a key, V of a value in C groups.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from pikv_kernels.backends import choose, jit, tl
-from pikv_kernels.pack_bits import pack, unpack
+from pikv_kernels.backends import choose, jit, tl, triton
+from pikv_kernels.pack_bits import pack
 from pikv_kernels.split_tokens import next_power
 
-GROUP_TOKENS = 64
-KEY_ROWS = 4  # read at a time
+# Of a program. A thread has few columns of many rows: what is computed for a group, every thread that has it computes.
+KEY_CHANNELS = 64
+VALUE_TOKENS = 32
 
 
-class QuantizedKV(NamedTuple):
-    """Codes of 8 or 4 bits: bytes [B,G,S,D·bits/8], at 4 bits channels d and d + D/2 in byte d.
+def quantize_kv(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bits: int,
+    unit_tokens: int,
+    group_channels: int,
+    backend: str | None = None,
+) -> dict[str, torch.Tensor]:
+    """Quantise keys [B,G,S,D] and values [B,G,S,V] in one pass; S a multiple of `unit_tokens`, V of `group_channels`.
 
-    Key scale and zero are float16 [B,G,U,D], those of values [B,G,S,2]; a number is code · scale + zero.
+    Returns packed key_codes [B,G,U,D,·] with float16 key_scale and key_zero [B,G,U,D], value_codes [B,G,U,T,·] with
+    value_scale and value_zero [B,G,U,T,C]; a number is code · scale + zero. Scale or zero is not finite where a value
+    is not. The kernels' codes may differ from the definition's by one where a number lies halfway between two.
     """
-
-    key_codes: torch.Tensor
-    key_scale: torch.Tensor
-    key_zero: torch.Tensor
-    value_codes: torch.Tensor
-    value_scale: torch.Tensor
-    value_zero: torch.Tensor
-
-    @property
-    def bits(self) -> int:
-        return 8 * self.key_codes.shape[-1] // self.key_scale.shape[-1]
-
-
-def quantize_kv(keys: torch.Tensor, values: torch.Tensor, bits: int, backend: str | None = None) -> QuantizedKV:
-    """Quantise keys and values [B,G,S,D], S a multiple of 64 and D of 4, in one pass; bits: 8 or 4.
-
-    Scale or zero is not finite where a value is not. The kernel's codes may differ from the definition's by one where
-    a number lies halfway between two.
-    """
-    assert bits in (4, 8) and keys.shape[2] % GROUP_TOKENS == 0 and keys.shape[3] % 4 == 0
-    if choose("quantize_kv", keys, backend) == "triton":
-        return _quantize_on_gpu(keys, values, bits)
-    key_codes, key_scale, key_zero = quantize(keys.unflatten(2, (-1, GROUP_TOKENS)), dim=3, bits=bits)
-    value_codes, value_scale, value_zero = quantize(values.unflatten(-1, (2, -1)), dim=-1, bits=bits)
-    return QuantizedKV(
-        pack(key_codes.flatten(2, 3), bits), key_scale.squeeze(3), key_zero.squeeze(3),
-        pack(value_codes.flatten(-2), bits), value_scale.squeeze(-1), value_zero.squeeze(-1),
-    )  # fmt: skip
+    hindrance = _what_hinders(values.shape[3], bits, unit_tokens, group_channels)
+    if choose("quantize_kv", keys, backend, hindrance) == "triton":
+        return _quantize_on_gpu(keys, values, bits, unit_tokens, group_channels)
+    keys, values = (x.unflatten(2, (-1, unit_tokens)) for x in (keys, values))
+    # Channel-major keys: the scale of a channel is shared by a contiguous run of tokens.
+    key_codes, key_scale, key_zero = quantize(keys.transpose(-1, -2), dim=-1, bits=bits)
+    value_codes, value_scale, value_zero = quantize(values.unflatten(-1, (-1, group_channels)), dim=-1, bits=bits)
+    return {
+        "key_codes": pack(key_codes, bits),
+        "key_scale": key_scale.squeeze(-1),
+        "key_zero": key_zero.squeeze(-1),
+        "value_codes": pack(value_codes.flatten(-2), bits),
+        "value_scale": value_scale.squeeze(-1),
+        "value_zero": value_zero.squeeze(-1),
+    }
 
 
-def dequantize_kv(store: QuantizedKV, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values [B,G,S,D] in `dtype`, computed in float32."""
-    key_codes = unpack(store.key_codes, store.bits).unflatten(2, (-1, GROUP_TOKENS))
-    value_codes = unpack(store.value_codes, store.bits).unflatten(-1, (2, -1))
-    keys = dequantize(key_codes, store.key_scale[:, :, :, None], store.key_zero[:, :, :, None], dtype)
-    values = dequantize(value_codes, store.value_scale[..., None], store.value_zero[..., None], dtype)
-    return keys.flatten(2, 3), values.flatten(-2)
+def _what_hinders(channels: int, bits: int, unit_tokens: int, group_channels: int) -> str | None:
+    if bits not in (4, 8):
+        return f"no kernel for codes of {bits} bits"
+    if unit_tokens not in (16, 32, 64, 128):
+        return f"no kernel for units of {unit_tokens} tokens"
+    groups = channels // group_channels
+    if channels % 2 or (groups > 1 and groups % 2):
+        return f"no kernel for {groups} groups of {channels} channels"
+    return None
 
 
 def quantize(values: torch.Tensor, dim: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -145,86 +142,101 @@ def _store_codes(codes, low, high, there, HALF: tl.constexpr, BITS: tl.constexpr
 
 @jit
 def _quantize_keys(
-    keys, codes, scale, zero, num_groups, G, stride_b, stride_g, stride_t,
-    D: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
+    keys, codes, scale, zero, G, stride_b, stride_g, stride_t,
+    D: tl.constexpr, T: tl.constexpr, CHANNELS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    # One program a key/value head and group of 64 tokens, read twice (from a cache the second time) in steps of a few
-    # rows, so that a thread has few columns: what is computed for a column is computed by every thread that has it.
-    head = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1)
-    HALF: tl.constexpr = D // 2
+    # One program a key/value head, unit and block of channels.
+    HALF: tl.constexpr = T // 2
     HIGHEST: tl.constexpr = 2.0**BITS - 1.0
-    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside = column < HALF
+    head = tl.program_id(0).to(tl.int64)
+    unit = tl.program_id(1)
+    row, channel = tl.arange(0, HALF), tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < D
     there = (row >= 0)[:, None] & inside[None, :]
     keys += head // G * stride_b + head % G * stride_g
-    rows = keys + (group * 64 + row[:, None]) * stride_t + column[None, :]
-    lowest = tl.full([ROWS, COLUMNS], float("inf"), tl.float32)
-    highest = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
-    lowest_high, highest_high = lowest, highest
-    for step in tl.static_range(64 // ROWS):
-        low = _finite_or_low(tl.load(rows + step * ROWS * stride_t, mask=there, other=0.0).to(tl.float32))
-        high = _finite_or_low(tl.load(rows + step * ROWS * stride_t + HALF, mask=there, other=0.0).to(tl.float32))
-        lowest, highest = tl.minimum(lowest, low), tl.maximum(highest, low)
-        lowest_high, highest_high = tl.minimum(lowest_high, high), tl.maximum(highest_high, high)
-    low_scale, low_zero = _group(tl.min(lowest, 0), tl.max(highest, 0), HIGHEST)
-    high_scale, high_zero = _group(tl.min(lowest_high, 0), tl.max(highest_high, 0), HIGHEST)
-    at = (head * num_groups + group) * D + column
-    tl.store(scale + at, low_scale, mask=inside)
-    tl.store(zero + at, low_zero, mask=inside)
-    tl.store(scale + at + HALF, high_scale, mask=inside)
-    tl.store(zero + at + HALF, high_zero, mask=inside)
-    codes += ((head * num_groups + group) * 64 + row[:, None]) * (D * BITS // 8) + column[None, :]
-    for step in tl.static_range(64 // ROWS):
-        low = tl.load(rows + step * ROWS * stride_t, mask=there, other=0.0).to(tl.float32)
-        high = tl.load(rows + step * ROWS * stride_t + HALF, mask=there, other=0.0).to(tl.float32)
-        low_codes = _codes(low, low_scale[None, :], low_zero[None, :])
-        high_codes = _codes(high, high_scale[None, :], high_zero[None, :])
-        _store_codes(codes + step * ROWS * (D * BITS // 8), low_codes, high_codes, there, HALF, BITS)
+    rows = keys + (unit * T + row[:, None]) * stride_t + channel[None, :]
+    early = tl.load(rows, mask=there, other=0.0).to(tl.float32)
+    late = tl.load(rows + HALF * stride_t, mask=there, other=0.0).to(tl.float32)
+    lowest = tl.min(tl.minimum(_finite_or_low(early), _finite_or_low(late)), 0)
+    highest = tl.max(tl.maximum(_finite_or_low(early), _finite_or_low(late)), 0)
+    own_scale, own_zero = _group(lowest, highest, HIGHEST)
+    at = (head * tl.num_programs(1) + unit) * D + channel
+    tl.store(scale + at, own_scale, mask=inside)
+    tl.store(zero + at, own_zero, mask=inside)
+    codes += at[None, :] * (T * BITS // 8) + row[:, None]
+    early_codes = _codes(early, own_scale[None, :], own_zero[None, :])
+    late_codes = _codes(late, own_scale[None, :], own_zero[None, :])
+    _store_codes(codes, early_codes, late_codes, there, HALF, BITS)
 
 
 @jit
 def _quantize_values(
-    values, codes, scale, zero, num_groups, G, stride_b, stride_g, stride_t,
-    D: tl.constexpr, COLUMNS: tl.constexpr, BITS: tl.constexpr,
+    values, codes, scale, zero, num_tokens, G, stride_b, stride_g, stride_t,
+    V: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    # One program a key/value head and 64 tokens, in groups of the halves of a token's channels.
-    head = tl.program_id(0).to(tl.int64)
-    HALF: tl.constexpr = D // 2
+    # One program a key/value head and block of tokens, whose halves are groups of WIDTH channels each.
+    HALF: tl.constexpr = V // 2
     HIGHEST: tl.constexpr = 2.0**BITS - 1.0
-    token, column = tl.program_id(1) * 64 + tl.arange(0, 64), tl.arange(0, COLUMNS)
-    inside = column < HALF
-    there = (token >= 0)[:, None] & inside[None, :]
+    head = tl.program_id(0).to(tl.int64)
+    token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
+    group, column = tl.arange(0, GROUPS)[None, :, None], tl.arange(0, COLUMNS)[None, None, :]
+    channel = group * WIDTH + column
+    inside = (column < WIDTH) & (group * WIDTH < HALF)
+    there = (token < num_tokens) & inside
     values += head // G * stride_b + head % G * stride_g
-    # Channels that are not there repeat the first, so that they widen no group.
-    rows = values + token[:, None] * stride_t + tl.where(inside, column, 0)[None, :]
-    low, high = tl.load(rows).to(tl.float32), tl.load(rows + HALF).to(tl.float32)
-    whole = _finite_or_low(low)
-    low_scale, low_zero = _group(tl.min(whole, 1), tl.max(whole, 1), HIGHEST)
-    whole = _finite_or_low(high)
-    high_scale, high_zero = _group(tl.min(whole, 1), tl.max(whole, 1), HIGHEST)
-    at = (head * num_groups * 64 + token) * 2
-    tl.store(scale + at, low_scale)
-    tl.store(zero + at, low_zero)
-    tl.store(scale + at + 1, high_scale)
-    tl.store(zero + at + 1, high_zero)
-    low_codes = _codes(low, low_scale[:, None], low_zero[:, None])
-    high_codes = _codes(high, high_scale[:, None], high_zero[:, None])
-    codes += (head * num_groups * 64 + token[:, None]) * (D * BITS // 8) + column[None, :]
+    rows = values + token * stride_t + channel
+    low = tl.load(rows, mask=there, other=0.0).to(tl.float32)
+    high = tl.load(rows + HALF, mask=there, other=0.0).to(tl.float32)
+    low_least = tl.min(tl.where(inside, _finite_or_low(low), float("inf")), 2, keep_dims=True)
+    low_most = tl.max(tl.where(inside, _finite_or_low(low), float("-inf")), 2, keep_dims=True)
+    high_least = tl.min(tl.where(inside, _finite_or_low(high), float("inf")), 2, keep_dims=True)
+    high_most = tl.max(tl.where(inside, _finite_or_low(high), float("-inf")), 2, keep_dims=True)
+    at = (head * num_tokens + token) * C + group
+    stored = (token < num_tokens) & (group * WIDTH < HALF)
+    if C == 1:
+        low_scale, low_zero = _group(tl.minimum(low_least, high_least), tl.maximum(low_most, high_most), HIGHEST)
+        high_scale, high_zero = low_scale, low_zero
+    else:
+        low_scale, low_zero = _group(low_least, low_most, HIGHEST)
+        high_scale, high_zero = _group(high_least, high_most, HIGHEST)
+        tl.store(scale + at + C // 2, high_scale, mask=stored)
+        tl.store(zero + at + C // 2, high_zero, mask=stored)
+    tl.store(scale + at, low_scale, mask=stored)
+    tl.store(zero + at, low_zero, mask=stored)
+    low_codes, high_codes = _codes(low, low_scale, low_zero), _codes(high, high_scale, high_zero)
+    codes += (head * num_tokens + token) * (V * BITS // 8) + channel
     _store_codes(codes, low_codes, high_codes, there, HALF, BITS)
 
 
-def _quantize_on_gpu(keys: torch.Tensor, values: torch.Tensor, bits: int) -> QuantizedKV:
+def _quantize_on_gpu(
+    keys: torch.Tensor, values: torch.Tensor, bits: int, unit_tokens: int, group_channels: int
+) -> dict[str, torch.Tensor]:
     B, G, S, D = keys.shape
-    U = S // GROUP_TOKENS
+    T, V = unit_tokens, values.shape[3]
+    U, C = S // T, V // group_channels
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
-    key_codes, value_codes = (keys.new_empty(B, G, S, D * bits // 8, dtype=torch.uint8) for _ in range(2))
-    key_scale, key_zero = (keys.new_empty(B, G, U, D, dtype=torch.float16) for _ in range(2))
-    value_scale, value_zero = (keys.new_empty(B, G, S, 2, dtype=torch.float16) for _ in range(2))
+
+    def empty(*last: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+        return keys.new_empty(B, G, U, *last, dtype=dtype)
+
+    codes = {
+        "key_codes": empty(D, T * bits // 8, dtype=torch.uint8),
+        "key_scale": empty(D),
+        "key_zero": empty(D),
+        "value_codes": empty(T, V * bits // 8, dtype=torch.uint8),
+        "value_scale": empty(T, C),
+        "value_zero": empty(T, C),
+    }
+    of_keys, of_values = ([codes[f"{kind}_{part}"] for part in ("codes", "scale", "zero")] for kind in ("key", "value"))
     if B * G * U:
-        sizes = {"D": D, "COLUMNS": next_power(D // 2), "BITS": bits, "num_warps": 4}
-        _quantize_keys[(B * G, U)](
-            keys, key_codes, key_scale, key_zero, U, G, *keys.stride()[:3], **sizes, ROWS=KEY_ROWS
+        _quantize_keys[(B * G, U, triton.cdiv(D, KEY_CHANNELS))](
+            keys, *of_keys, G, *keys.stride()[:3], D=D, T=T, CHANNELS=KEY_CHANNELS, BITS=bits, num_warps=max(1, T // 32)
         )
-        _quantize_values[(B * G, U)](values, value_codes, value_scale, value_zero, U, G, *values.stride()[:3], **sizes)
-    return QuantizedKV(key_codes, key_scale, key_zero, value_codes, value_scale, value_zero)
+        width = min(group_channels, V // 2)
+        _quantize_values[(B * G, triton.cdiv(S, VALUE_TOKENS))](
+            values, *of_values, S, G, *values.stride()[:3],
+            V=V, C=C, WIDTH=width, GROUPS=next_power(V // 2 // width), COLUMNS=next_power(width),
+            TOKENS=VALUE_TOKENS, BITS=bits, num_warps=max(1, next_power(V) // 64),
+        )  # fmt: skip
+    return codes

@@ -1,6 +1,7 @@
-"""What attentions split over tokens share (flash-decoding): how many splits, their merging, the mass of tokens.
+"""What attentions split over tokens share (flash-decoding): how many splits, their merging, the softmax rows.
 
-Shapes: B batch, G key/value heads, R query heads of a group, S stored tokens, D head dim. Logits are in powers of two.
+Shapes: B batch, G key/value heads, R query rows of a head's group, S stored tokens, D head dim. Logits are in powers of
+two.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from typing import NamedTuple
 import torch
 
 from pikv_kernels.backends import jit, tl, triton
+from pikv_kernels.partial_attention import Partial
 
 LOG2E = 1.4426950408889634
 LEAST_CHANNELS = 16  # of a product on the matrix units
 OVERHEAD_TILES = 2  # what starting and ending a program costs, in tiles of tokens
+LEAST_SPLITS = 16  # that merging is compiled for
 MOST_SPLITS = 128
-MASS_TOKENS = 512
+PROBS_TOKENS = 1024
 
 
 class Launch(NamedTuple):
@@ -59,6 +62,12 @@ def dot(a, b, UPCAST: tl.constexpr):
 
 
 @jit
+def cap(logits, softcap):
+    """Return softcap · tanh(logits / softcap)."""
+    return softcap - 2.0 * softcap / (1.0 + tl.exp2(logits * (2.8853900817779268 / softcap)))
+
+
+@jit(do_not_specialize=["num_splits"])
 def _merge(partial, partial_lse, output, lse, num_splits, D: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
     # One program a query head: partial [B·H, splits, D] with base-2 log-sum-exps [B·H, splits].
     row = tl.program_id(0).to(tl.int64)
@@ -74,88 +83,75 @@ def _merge(partial, partial_lse, output, lse, num_splits, D: tl.constexpr, COLUM
     tl.store(lse + row, tl.where(total > 0, (highest + tl.log2(total)) / 1.4426950408889634, float("-inf")))
 
 
-@jit
-def _mass(
-    weights, tile_max, lse, lengths, mass, num_tokens, num_tiles,
-    R: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-):  # fmt: skip
-    # One program a key/value head and block of tokens; weights [B·G, R, S] relative to their tile's maximum.
-    head = tl.program_id(0).to(tl.int64)
+@jit(do_not_specialize=["num_tokens"])
+def _normalise(probs, lse, lengths, num_tokens, R, BLOCK: tl.constexpr, HAS_LENGTHS: tl.constexpr):
+    # One program a query row and block of tokens: probs [B·G·R,S] are logits until now, beyond the lengths anything.
+    row = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     end = num_tokens
     if HAS_LENGTHS:
-        end = tl.minimum(tl.load(lengths + head), num_tokens)
-    seen = token < end
-    total = tl.zeros([BLOCK], tl.float32)
-    for r in tl.static_range(R):
-        row = head * R + r
-        row_lse = tl.load(lse + row) * 1.4426950408889634
-        weight = tl.load(weights + row * num_tokens + token, mask=seen, other=0.0).to(tl.float32)
-        highest = tl.load(tile_max + row * num_tiles + token // TILE, mask=seen, other=-1.0e30)
-        total += tl.where(row_lse > float("-inf"), weight * tl.exp2(highest - row_lse), 0.0)
-    tl.store(mass + head * num_tokens + token, total, mask=token < num_tokens)
+        end = tl.minimum(tl.load(lengths + row // R), num_tokens)
+    at = probs + row * num_tokens + token
+    logits = tl.load(at, mask=token < end, other=float("-inf"))
+    total = tl.maximum(tl.load(lse + row) * 1.4426950408889634, -1.0e30)
+    tl.store(at, tl.exp2(logits - total), mask=token < num_tokens)
 
 
 class Workspace(NamedTuple):
-    """What the programs of an attention write: outputs and log-sum-exps of splits, and weights where mass is wanted.
+    """What the programs of an attention write: outputs and log-sum-exps of splits, and logits where probs are wanted.
 
-    partial: [B,H,splits,D]; partial_lse: [B,H,splits]; weights: [B,G,R,S], relative to the maxima tile_max
-    [B,G,R,tiles].
+    partial: [B,G,R,splits,D]; partial_lse: [B,G,R,splits]; probs: [B,G,R,S].
     """
 
     split_tokens: int
     partial: torch.Tensor
     partial_lse: torch.Tensor
-    weights: torch.Tensor | None
-    tile_max: torch.Tensor | None
+    probs: torch.Tensor | None
 
     @property
     def num_splits(self) -> int:
-        return self.partial.shape[2]
+        return self.partial.shape[3]
 
 
-def plan_splits(
-    query: torch.Tensor, num_groups: int, num_tokens: int, launch: Launch, mass_of: tuple[int, torch.dtype] | None
-) -> Workspace:
-    """Return the memory of an attention of query [B,H,D] over some tokens; mass_of: stored tokens, dtype of weights."""
-    B, H, D = query.shape
+def plan_splits(query: torch.Tensor, num_tokens: int, launch: Launch, probs_tokens: int | None) -> Workspace:
+    """Return the memory of an attention of query [B,G,R,D] over some tokens; probs_tokens: stored ones, with probs."""
+    B, G, R, D = query.shape
     slots = count_sms(query.device) * launch.programs_per_sm
-    splits = count_splits(B * num_groups, -(-num_tokens // launch.tile), slots)
+    splits = count_splits(B * G, -(-num_tokens // launch.tile), slots)
     split_tokens = -(-num_tokens // splits // launch.tile) * launch.tile
     splits = -(-num_tokens // split_tokens)
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device=query.device)
+    def empty(*last: int) -> torch.Tensor:
+        return torch.empty(B, G, R, *last, dtype=torch.float32, device=query.device)
 
-    weights = tile_max = None
-    if mass_of is not None:
-        S, dtype = mass_of
-        weights = empty(B, num_groups, H // num_groups, S, dtype=dtype)
-        tile_max = empty(B, num_groups, H // num_groups, -(-S // launch.tile))
-    return Workspace(split_tokens, empty(B, H, splits, D), empty(B, H, splits), weights, tile_max)
+    return Workspace(
+        split_tokens, empty(splits, D), empty(splits), None if probs_tokens is None else empty(probs_tokens)
+    )
 
 
-def merge_splits(
-    written: Workspace, dtype: torch.dtype, lengths: torch.Tensor | None, tile: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return output [B,H,D] in `dtype`, natural log-sum-exp [B,H], and mass [B,G,S] summed over a group, or None."""
-    B, H, splits, D = written.partial.shape
-    output = torch.empty(B, H, D, dtype=dtype, device=written.partial.device)
-    lse = torch.empty(B, H, dtype=torch.float32, device=written.partial.device)
-    sizes = {"D": D, "COLUMNS": next_power(D), "SPLITS": next_power(splits)}
+def merge_splits(written: Workspace, dtype: torch.dtype, lengths: torch.Tensor | None) -> Partial:
+    """Return output in `dtype`, natural log-sum-exp, and what the logits come to."""
+    B, G, R, splits, D = written.partial.shape
+    output = torch.empty(B, G, R, D, dtype=dtype, device=written.partial.device)
+    lse = torch.empty(B, G, R, dtype=torch.float32, device=written.partial.device)
+    sizes = {"D": D, "COLUMNS": next_power(D), "SPLITS": next_power(splits, LEAST_SPLITS)}
     num_warps = min(16, max(4, sizes["COLUMNS"] * sizes["SPLITS"] // 2048))
-    _merge[(B * H,)](written.partial, written.partial_lse, output, lse, splits, **sizes, num_warps=num_warps)
-    if written.weights is None or written.tile_max is None:
-        return output, lse, None
-    B, G, R, S = written.weights.shape
-    mass = torch.empty(B, G, S, dtype=torch.float32, device=output.device)
-    _mass[(B * G, triton.cdiv(S, MASS_TOKENS))](
-        written.weights, written.tile_max, lse, lengths, mass, S, written.tile_max.shape[-1],
-        R=R, TILE=tile, BLOCK=MASS_TOKENS, HAS_LENGTHS=lengths is not None, num_warps=4,
-    )  # fmt: skip
-    return output, lse, mass
+    _merge[(B * G * R,)](written.partial, written.partial_lse, output, lse, splits, **sizes, num_warps=num_warps)
+    if written.probs is not None:
+        S = written.probs.shape[3]
+        _normalise[(B * G * R, triton.cdiv(S, PROBS_TOKENS))](
+            written.probs, lse, lengths, S, R, BLOCK=PROBS_TOKENS, HAS_LENGTHS=lengths is not None, num_warps=4
+        )
+    return Partial(output, lse, written.probs)
+
+
+def see_nothing(query: torch.Tensor, num_tokens: int, with_probs: bool) -> Partial:
+    """Return what query [B,G,R,D] gets of tokens none of which it sees."""
+    lse = torch.full(query.shape[:3], -torch.inf, device=query.device)
+    probs = query.new_zeros(*query.shape[:3], num_tokens, dtype=torch.float32) if with_probs else None
+    return Partial(torch.zeros_like(query), lse, probs)
 
 
 def mask_strides(mask: torch.Tensor | None) -> tuple[int, int]:
-    """Return the strides of a mask [B,1|G,S] over B and G, 0 where all heads share it."""
+    """Return the strides of a mask [B,1|G,...,S] over B and G, 0 where all heads share it."""
     return (0, 0) if mask is None else (mask.stride(0), mask.stride(1) if mask.shape[1] > 1 else 0)

@@ -70,10 +70,14 @@ class Budget:
 
     def tokens(self, num_seen: torch.Tensor) -> torch.Tensor:
         """Return the tokens per head [B] allowed after `num_seen` [B]; at least 1."""
+        return torch.tensor([self.of(count) for count in num_seen.tolist()], dtype=torch.int64)
+
+    def of(self, num_seen: int) -> int:
+        """Return the tokens per head allowed after so many; at least 1."""
         if isinstance(self.value, float):
-            return (num_seen * self.value + 1e-6).long().clamp(min=1)
+            return max(1, int(num_seen * self.value + 1e-6))
         assert isinstance(self.value, int)
-        return torch.full_like(num_seen, self.value)
+        return self.value
 
 
 def _bytes_per_token(codec: Codec, shape: Shape) -> float:

@@ -14,14 +14,17 @@ from transformers.cache_utils import Cache
 from pikv_core import recipes
 from pikv_core.cache import by_hand
 from pikv_core.cache.attention import ENTRY
+from pikv_core.cache.backend import check_forced
 from pikv_core.cache.budget import Budget, Shape
 from pikv_core.cache.layer import CacheLayer
 from pikv_core.cache.recording import Recorder
 from pikv_core.cache.rotary import Rotary
+from pikv_core.cache.static import check_static
 from pikv_core.cache.support import check_layers, check_recipe, windows
 from pikv_core.components import Component, build
 from pikv_core.compression import CODECS
 from pikv_core.compression.base import Codec
+from pikv_core.compression.none import Plain
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.observation import LayerRun
 from pikv_core.registry import Registry
@@ -83,7 +86,7 @@ class PiKVCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
         """Hand new keys and values [B,G,T,D] to a layer, which the attention entry then gets in their place."""
-        if self._config._attn_implementation != ENTRY:
+        if layer_idx == 0 and self._config._attn_implementation != ENTRY:
             raise PiKVError(
                 f"the model's attention was set to '{self._config._attn_implementation}' after the cache was made",
                 hint="call cache.attach(model)",
@@ -108,12 +111,22 @@ class PiKVCache(Cache):
     def in_tokens(cls, model: PreTrainedModel, recipe: CacheRecipe) -> CacheRecipe:
         """Return the recipe with a budget in bytes turned into the tokens per head it is for one sequence."""
         cache = cls.for_model(model, recipe)
+        _, budget = cache._bind(0, cache._shape_for(model))
+        return recipe.model_copy(update={"budget": budget.value})
+
+    def check_backend(self, model: PreTrainedModel) -> None:
+        """Raise UsageError where the backend that is forced (`attending_by`) has no kernel for codec or dtype."""
+        shape = self._shape_for(model)
+        codecs = {id(codec): codec for codec, _ in (self._bind(index, shape) for index in range(len(self.layers)))}
+        heads = model.config.get_text_config(decoder=True).num_attention_heads
+        check_forced([Plain(), *codecs.values()], heads, shape, model.device)
+
+    def _shape_for(self, model: PreTrainedModel) -> Shape:
+        """Return the sizes of one sequence of the model."""
         text = model.config.get_text_config(decoder=True)
         heads = text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-        kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        _, budget = cache._bind(0, Shape(len(cache.layers), 1, kv_heads, head_dim, model.dtype))
-        return recipe.model_copy(update={"budget": budget.value})
+        return Shape(len(self.layers), 1, getattr(text, "num_key_value_heads", None) or heads, head_dim, model.dtype)
 
     def attach(self, model: PreTrainedModel) -> PiKVCache:
         """Make `model` attend through this cache's entry, and return the cache.
@@ -218,6 +231,16 @@ class PiKVCache(Cache):
         """End `hold`: drop what is over budget and encode."""
         for layer in self.own_layers:
             layer.compress()
+
+    def check_static(self) -> None:
+        """Raise UsageError where a step of one token never comes to be the same as the one before it."""
+        first = self.own_layers[0]
+        check_static(self.recipe, first.policy, first.allocation, windows(self._config))
+
+    @property
+    def is_static(self) -> bool:
+        """Whether every layer is at its budget, so that a step can be recorded and replayed."""
+        return all(layer.is_static for layer in self.own_layers)
 
     def reset(self) -> None:
         """Forget every token and the peak."""

@@ -12,6 +12,18 @@ import torch
 from pikv_core.cache.store import EMPTY, Store
 
 
+class Room(NamedTuple):
+    """How many tokens each head of a lane may hold: `capacity` [B,G] beside them, the least and the most of it."""
+
+    capacity: torch.Tensor
+    least: int
+    most: int
+
+    @property
+    def is_uneven(self) -> bool:
+        return self.least != self.most
+
+
 class Dropped(NamedTuple):
     """What an eviction did: whether the heads' slots still agree is lost (`moved`), whether any was left empty."""
 
@@ -19,21 +31,19 @@ class Dropped(NamedTuple):
     emptied: bool
 
 
-def evict(stores: list[Store], score: torch.Tensor, capacity: torch.Tensor) -> Dropped:
-    """Drop the tokens of the lowest score until every head holds its `capacity` [B,G]; of codes, whole units.
+def evict(stores: list[Store], score: torch.Tensor, room: Room) -> Dropped:
+    """Drop the tokens of the lowest score until every head has room for what it holds; of codes, whole units.
 
     stores: the lane's, encoded ones first. score: [B,G,S] of all stores together, -inf for what goes first.
-    capacity is on the CPU.
     """
-    most = int(capacity.max())
-    uneven = bool((capacity != most).any())
+    uneven, most = room.is_uneven, room.most
     over = sum(store.num_slots for store in stores) - most
     first = stores[0]
     if first.unit > 1:
-        return _drop_units(first, score, capacity.to(score.device))
+        return _drop_units(first, score, room.capacity)
     if uneven:
         rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        surplus = rank >= capacity.to(score.device)[..., None]
+        surplus = rank >= room.capacity[..., None]
         score = score.masked_fill(surplus, -torch.inf)
         position = torch.cat([store.position for store in stores], dim=2).masked_fill(surplus, EMPTY)
         for store, part in zip(stores, position.split([store.num_slots for store in stores], dim=2)):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from pikv_core.cache.chunks import attend_in_chunks
-from pikv_core.cache.eviction import evict
+from pikv_core.cache.eviction import Room, evict
 from pikv_core.cache.newest import Read, attend_newest
 from pikv_core.cache.page_bounds import PageBounds
 from pikv_core.cache.recording import CHUNK_QUERIES, Recorded
@@ -62,11 +62,13 @@ class LayerPlan:
 class Lane:
     """Dense stores of B rows and G heads: the newest tokens in full precision (`tail`), older under the codec (`body`).
 
-    pairs: None for a whole layer, else row·heads + head of each of the B rows, G being 1. head [B,G]: the layer's head.
+    pairs: None for a whole layer, else row·heads + head of each of the B rows, G being 1. head [B,G]: the layer's head;
+    row [B]: the batch's row.
     """
 
     def __init__(self, plan: LayerPlan, pairs: torch.Tensor | None, head: torch.Tensor):
         self.plan, self.pairs, self.head = plan, pairs, head
+        self.row = self._rows_of_pairs()
         codec = plan.codec if pairs is None else plan.codec.for_heads(head)
         columns, page = plan.columns(scoring=True), plan.page
         # What a codec goes by is of use until it encodes: in the tail alone.
@@ -75,6 +77,8 @@ class Lane:
         self.bounds = PageBounds(page) if plan.selector is not None else None
         self.has_empty = False
         self.in_order = True
+        self._room: tuple[torch.Tensor, Room] | None = None
+        self._beside: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def stores(self) -> list[Store]:
@@ -92,9 +96,7 @@ class Lane:
         held = self.tail.nbytes + (self.body.nbytes if self.body is not None else 0)
         return held + (self.bounds.nbytes if self.bounds is not None else 0)
 
-    @property
-    def row(self) -> torch.Tensor:
-        """The batch's row [B] of each row of this lane."""
+    def _rows_of_pairs(self) -> torch.Tensor:
         return torch.arange(len(self.head)) if self.pairs is None else self.pairs // self.plan.run.num_kv_heads
 
     def of_heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,13 +105,18 @@ class Lane:
             return x
         num_heads = self.plan.run.num_kv_heads
         by_pair = x.reshape(len(x) * num_heads, x.shape[1] // num_heads, *x.shape[2:])
-        return by_pair.index_select(0, self.pairs.to(x.device))
+        return by_pair.index_select(0, self.pairs if x.is_cpu else self.pairs_here())
+
+    def pairs_here(self) -> torch.Tensor:
+        """Return `pairs` beside the tokens."""
+        assert self.pairs is not None
+        return self._here("pairs", self.pairs)
 
     def of_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Return this lane's part [B,...] of a tensor with one entry per row of the batch."""
         if self.pairs is None:
             return x
-        return x.index_select(0, self.row.to(x.device))
+        return x.index_select(0, self.row if x.is_cpu else self._here("row", self.row))
 
     def contents(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return keys, values [B,G,S,D], decoded, and positions [B,G,S]."""
@@ -150,9 +157,16 @@ class Lane:
         sinks: logits [B|1,G,R]. capacity: tells the budget in tokens, which a selector reads under.
         """
         T = query.shape[2]
+        num_shown = max((watcher.observes for watcher in watchers), default=0)
+        if T == 1 and not self.plan.rerotate:
+            newest = [self._read(store, query, position, capacity, num_shown > 0) for store in self.stores]
+
+            def show_newest(probs: list[torch.Tensor], num_visible: torch.Tensor) -> None:
+                self._show(watchers, position, slice(0, 1), 1, probs, num_visible)
+
+            return attend_newest(query, newest, scale, softcap, sinks, show_newest if num_shown else None)
         special = softcap is not None or sinks is not None
         is_prompt = T == self.num_slots and T > 1 and self.plan.window is None and not self.has_empty
-        num_shown = max((watcher.observes for watcher in watchers), default=0)
         if is_prompt and not special:
             keys, values = self.tail.decoded()
             if not num_shown:
@@ -167,13 +181,6 @@ class Lane:
                     watchers, position, new, T, [probs], (position[:, None, new] + 1).expand(*probs.shape[:2], -1)
                 ),
             )
-        if T == 1 and not self.plan.rerotate:
-            newest = [self._read(store, query, position, capacity, num_shown > 0) for store in self.stores]
-
-            def show_newest(probs: list[torch.Tensor], num_visible: torch.Tensor) -> None:
-                self._show(watchers, position, slice(0, 1), 1, probs, num_visible)
-
-            return attend_newest(query, newest, scale, softcap, sinks, show_newest if num_shown else None)
         if self.plan.rerotate:
             query, read = self._rerotated(query, position)
         else:
@@ -291,34 +298,49 @@ class Lane:
         own = own.masked_fill(position[:, None] < 0, 0).repeat_interleave(query.shape[1] // held.shape[1], dim=1)
         return run.rotary.shift(query, own, run.index), read
 
-    def score(self, num_seen: torch.Tensor, capacity: torch.Tensor, decide: bool) -> torch.Tensor:
+    def room(self, capacity: torch.Tensor) -> Room:
+        """Return what a layer's `capacity` [rows,heads], on the CPU, leaves this lane; the last one is remembered."""
+        if self._room is None or self._room[0] is not capacity:
+            own = self.of_heads(capacity)
+            counts = own.flatten().tolist()
+            room = Room(own.to(self.tail.position.device), min(counts), max(counts))
+            self._room = (capacity, room)
+        return self._room[1]
+
+    def _here(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the CPU's beside the tokens, copied there once."""
+        known = self._beside.get(name)
+        if known is None or known[0] is not x:
+            known = self._beside[name] = (x, x.to(self.tail.position.device))
+        return known[1]
+
+    def score(self, num_seen: torch.Tensor, room: Room, decide: bool) -> torch.Tensor:
         """Return the evictor's scores [B,G,S], -inf for empty slots and what has left the window.
 
-        num_seen [B], capacity [B,G]: on the CPU. decide: take anew the score that is taken once.
+        num_seen: [B], beside the tokens. decide: take anew the score that is taken once.
         """
-        position, evictor = self.position(), self.plan.evictor
-        seen = num_seen.to(position.device)
+        position, evictor = _joined([store.position for store in self.stores]), self.plan.evictor
         if evictor is None:
             score = position.float()
         elif self.plan.decides_once and not decide:
-            score = torch.cat([store.columns()[SCORE] for store in self.stores], dim=2)
+            score = _joined([store.columns()[SCORE] for store in self.stores])
         else:
-            columns = {name: torch.cat([x.columns()[name] for x in self.stores], dim=2) for name in evictor.columns}
+            columns = {name: _joined([x.columns()[name] for x in self.stores]) for name in evictor.columns}
             tokens = Tokens(
                 position,
                 columns,
-                seen,
-                capacity.to(position.device),
-                self.head.to(position.device),
-                self.row.to(position.device),
-                lambda: self.contents()[0],
-                lambda: self.contents()[1],
+                num_seen,
+                room.capacity,
+                self._here("head", self.head),
+                self._here("row", self.row),
+                lambda: _joined([store.decoded()[0] for store in self.stores]),
+                lambda: _joined([store.decoded()[1] for store in self.stores]),
                 self.plan.run,
             )
             score = evictor.score(tokens)
         gone = position < 0
         if self.plan.window is not None:
-            gone = gone | (position < (seen - self.plan.window + 1)[:, None, None])
+            gone = gone | (position < (num_seen - self.plan.window + 1)[:, None, None])
         return score.masked_fill(gone, -torch.inf)
 
     def settle(self, score: torch.Tensor) -> None:
@@ -338,13 +360,19 @@ class Lane:
         if self.body is not None:
             self.body.set_columns(columns)
 
-    def needs_eviction(self, capacity: torch.Tensor) -> bool:
-        """Tell whether any head holds more than its `capacity` [B,G]."""
-        return self.num_slots > int(capacity.min())
+    def needs_eviction(self, room: Room, by_unit: bool = False) -> bool:
+        """Tell whether any head holds more than it has room for; `by_unit`: so many that a whole unit can go."""
+        body = self.body if by_unit and not self.has_empty else None
+        unit = body.unit if body is not None and body.num_slots else 1
+        return self.num_slots - room.least >= unit
 
-    def evict(self, score: torch.Tensor, capacity: torch.Tensor) -> None:
-        """Drop what is over `capacity` [B,G]."""
-        dropped = evict(self.stores, score, capacity)
+    def is_static(self, capacity: torch.Tensor) -> bool:
+        """Tell whether the next token takes the place of another, in storage that is there, of plain tokens alone."""
+        return self.body is None and self.room(capacity).most == self.num_slots and self.tail.has_room
+
+    def evict(self, score: torch.Tensor, room: Room) -> None:
+        """Drop what there is no room for."""
+        dropped = evict(self.stores, score, room)
         self.in_order = self.in_order and not dropped.moved
         self.has_empty = self.has_empty or dropped.emptied
 
@@ -415,6 +443,7 @@ class Lane:
             picked = torch.tensor([entry for _, entry in found], dtype=torch.long)
             self.head = self.head[picked]
             self.pairs = torch.tensor([new for new, _ in found], dtype=torch.long) * num_heads + self.head[:, 0]
+        self.row, self._room = self._rows_of_pairs(), None
         on_device = picked.to(self.tail.position.device)
         self.tail.select_rows(on_device)
         if self.body is not None:
@@ -423,6 +452,11 @@ class Lane:
                 self.body.codec = self.plan.codec.for_heads(self.head)
         if self.bounds is not None:
             self.bounds.select_rows(on_device)
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Put the stores' parts [B,G,S,...] behind each other; one alone stays the view that it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _where(mask: torch.Tensor) -> list[int]:

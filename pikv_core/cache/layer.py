@@ -5,6 +5,7 @@ Shapes: B batch, H query heads, G key/value heads, R = H/G, T new tokens, S stor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from pikv_core.cache.budget import Budget, Shape
 from pikv_core.cache.head_budgets import HeadBudgets
 from pikv_core.cache.lane import Lane, LayerPlan
 from pikv_core.cache.recording import Recorded, Recorder
+from pikv_core.cache.seen import Seen
 from pikv_core.cache.store import EMPTY
 from pikv_core.compression.base import Codec
 from pikv_core.errors import PiKVError, UsageError
@@ -44,6 +46,7 @@ class CacheLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     recorder: Recorder | None = None  # is told of every step
+    is_recorded = False  # to be replayed: nothing may be asked of the device
 
     def __init__(
         self,
@@ -81,7 +84,7 @@ class CacheLayer(CacheLayerMixin):
         self._held_length = 0  # tokens seen when `hold` was called
         self._seen_since_hold: dict[int, torch.Tensor] = {}  # tokens of each row's sequence, by length seen
         self._scoring = True  # a score that is taken once is still to come
-        self.num_seen = torch.zeros(0, dtype=torch.int64)
+        self.seen = Seen(0, torch.device("cpu"))
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -93,7 +96,7 @@ class CacheLayer(CacheLayerMixin):
         self.budgets = HeadBudgets(budget, self.allocation, self.evictor, self.window, self.run)
         self.plan = LayerPlan(codec, self.evictor, self._selector, self.window, self._rerotate, self.run)
         self.lanes = [Lane(self.plan, None, torch.arange(G).expand(B, G))]
-        self.num_seen = torch.zeros(B, dtype=torch.int64)
+        self.seen = Seen(B, key_states.device)
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -135,7 +138,7 @@ class CacheLayer(CacheLayerMixin):
             return
         rows = torch.arange(len(self.num_seen))[indices.cpu()]
         self.run.select_rows(rows)
-        self.num_seen = self.num_seen[rows]
+        self.seen.set(self.num_seen[rows])
         self._seen_since_hold = {length: x[rows] for length, x in self._seen_since_hold.items() if length}
         self.budgets.select_rows(rows)
         for lane in self.lanes:
@@ -144,6 +147,11 @@ class CacheLayer(CacheLayerMixin):
         self._on_change(self.index)
 
     arrived: tuple[torch.Tensor, torch.Tensor]  # keys and values between `update` and `attend`
+
+    @property
+    def num_seen(self) -> torch.Tensor:
+        """Tokens [B] that each row's sequence has had, padding apart; on the CPU."""
+        return self.seen.host
 
     @property
     def dimensions(self) -> tuple[int, int, int]:
@@ -241,7 +249,7 @@ class CacheLayer(CacheLayerMixin):
                 output = attended
             else:
                 by_pair = output.view(len(query) * self._shape.num_kv_heads, -1, *query.shape[2:])
-                by_pair[lane.pairs.to(output.device)] = attended
+                by_pair[lane.pairs_here()] = attended
         self._end_step(query.shape[2], is_prompt)
         return output
 
@@ -305,7 +313,7 @@ class CacheLayer(CacheLayerMixin):
         self._check_finite(keys, values)
         if is_prompt and not self._scoring and self.evictor is not None and self.evictor.looks is None:
             self._set_scoring(True)
-        return keys, values, self._positions_of_new(keys, is_token), is_prompt
+        return keys, values, self.seen.advance(keys.shape[2], is_token), is_prompt
 
     def _end_step(self, num_new: int, is_prompt: bool) -> None:
         self.seen_length += num_new
@@ -316,25 +324,16 @@ class CacheLayer(CacheLayerMixin):
             self._after_step(self.index, is_prompt)
 
     def _check_finite(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Refuse NaN and infinity; of single tokens on the CPU alone, where asking costs nothing."""
-        if keys.shape[2] == 1 and keys.is_cuda:
+        """Refuse NaN and infinity; of single tokens on the CPU alone, where asking costs little, and unrecorded."""
+        if keys.shape[2] == 1 and (keys.is_cuda or self.is_recorded):
             return
-        total = keys.sum(dtype=torch.float32) + values.sum(dtype=torch.float32)  # takes on what any of them is not
-        if not total.isfinite():
+        # A sum takes on what any of them is not, and a number of Python's is looked at for a third of what a tensor is.
+        total = keys.sum(dtype=torch.float32).item() + values.sum(dtype=torch.float32).item()
+        if not math.isfinite(total):
             raise PiKVError(
                 f"layer {self.index}: the model's keys or values are not finite after {self.seen_length} tokens",
                 hint="run in --dtype float32 or bfloat16, and check the model's weights",
             )
-
-    def _positions_of_new(self, keys: torch.Tensor, is_token: torch.Tensor | None) -> torch.Tensor:
-        """Return the true positions [B,T] of new tokens, EMPTY for padding, and count them as seen."""
-        T = keys.shape[2]
-        start = self.num_seen.to(keys.device)[:, None]
-        if is_token is None:
-            self.num_seen = self.num_seen + T
-            return start + torch.arange(T, device=keys.device)
-        self.num_seen = self.num_seen + is_token.sum(1).cpu()
-        return (start + is_token.cumsum(1) - 1).masked_fill(~is_token, EMPTY)
 
     def _watchers(self, is_prompt: bool) -> list[Observer]:
         """Return who observes the attention of this step."""
@@ -352,6 +351,9 @@ class CacheLayer(CacheLayerMixin):
         self.held = False
         if not self.lanes or not self.lanes[0].stores:
             return
+        if self.evictor is None and self.window is None and self.lanes[0].body is None:
+            self.looking = False
+            return
         for lane in self.lanes:
             if lane.body is not None and lane.body.num_slots:
                 lane.encode()  # new units compete with old ones; a first prompt is evicted token by token
@@ -364,33 +366,54 @@ class CacheLayer(CacheLayerMixin):
 
     def _evict(self) -> None:
         drops = self.evictor is not None
-        capacity = self.budgets.tokens(self.num_seen) if drops else self.budgets.most(self.num_seen)
+        capacity = self._allowed() if drops else self.budgets.most(self.num_seen)
         decide = self._scoring and self.plan.decides_once
         if decide and self.plan.evictor is not None and self.plan.evictor.looks is not None and not self.looking:
             raise PiKVError(
                 f"policy '{self.policy.name}' has not been shown what it scores by",
                 hint="feed the prompt by pikv_core.model.steps.prefill(model, cache, ids)",
             )
-        if not decide and not any(lane.needs_eviction(lane.of_heads(capacity)) for lane in self.lanes):
+        by_unit = not self.budgets.may_part
+        rooms = [lane.room(capacity) for lane in self.lanes]
+        if not decide and not any(lane.needs_eviction(room, by_unit) for lane, room in zip(self.lanes, rooms)):
             return
-        scores = [lane.score(lane.of_rows(self.num_seen), lane.of_heads(capacity), decide) for lane in self.lanes]
+        scores = [lane.score(lane.of_rows(self.seen.here), room, decide) for lane, room in zip(self.lanes, rooms)]
         if decide:
             for lane, score in zip(self.lanes, scores):
                 lane.settle(score)
             self._scoring = False
-        if drops and self.lanes[0].pairs is None and self.lanes[0].needs_eviction(capacity):
+        if drops and self.lanes[0].pairs is None and self.lanes[0].needs_eviction(rooms[0]):
             capacity = self.budgets.part(scores[0], capacity)
-            if bool((capacity != capacity[:, :1]).any()):
+            rooms = [self.lanes[0].room(capacity)]
+            if rooms[0].is_uneven and bool((capacity != capacity[:, :1]).any()):
                 self.lanes = self.lanes[0].split(capacity)
                 scores = [lane.of_heads(scores[0]) for lane in self.lanes]
-        for lane, score in zip(self.lanes, scores):
-            own = lane.of_heads(capacity)
-            if lane.needs_eviction(own):
-                lane.evict(score, own)
+                rooms = [lane.room(capacity) for lane in self.lanes]
+        for lane, score, room in zip(self.lanes, scores, rooms):
+            if lane.needs_eviction(room):
+                lane.evict(score, room)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the next token does what the one before it did, in the same places (see `pikv_core.cache.static`)."""
+        capacity = self.budgets.settled if self.is_initialized and self.evictor is not None else None
+        if capacity is None or self.held or self.recorder is not None or (self._scoring and self.plan.decides_once):
+            return False
+        return all(lane.is_static(capacity) for lane in self.lanes)
+
+    def count_replayed(self) -> None:
+        """Count a token that a replayed step has taken in, behind the back of this object."""
+        self.seen.skip(1)
+        self.seen_length += 1
 
     def _read_tokens(self) -> int:
         """Return the tokens per head that a selector reads, in the row that has the most."""
-        return int(self.budgets.tokens(self.num_seen).max())
+        return int(self._allowed().max())
+
+    def _allowed(self) -> torch.Tensor:
+        """Return how many tokens [B,G] may stay of those seen; the very same tensor once that does not change."""
+        settled = self.budgets.settled
+        return self.budgets.tokens(self.num_seen) if settled is None else settled
 
     def hold(self) -> None:
         """Drop and encode nothing until `compress`."""
@@ -422,6 +445,8 @@ class CacheLayer(CacheLayerMixin):
         self._seen_since_hold = {length: x for length, x in self._seen_since_hold.items() if length <= left}
         known = max(self._seen_since_hold, default=0)
         before = self._seen_since_hold[known] if known else torch.zeros_like(self.num_seen)
-        self.seen_length, self.num_seen = left, before + left - known
+        self.seen_length = left
+        self.seen.set(before + left - known)
+        self.budgets.forget()
         for lane in self.lanes:
             lane.rewind(num_tokens)

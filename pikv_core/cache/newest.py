@@ -41,7 +41,7 @@ def attend_newest(
     sinks: logits [B|1,G,R] that take attention and give nothing. show: called with each store's softmax rows
     [B,G,R,1,S] over what all stores hold, and how many slots the query sees [B,G,1].
     """
-    B, G = read[0].store.position.shape[:2]
+    B, G = len(query), read[0].store.num_heads
     rows = query.reshape(B, G, -1, query.shape[-1])
     if len(read) == 1 and softcap is None and sinks is None and show is None:
         return read[0].store.attend_alone(rows, *read[0][1:], scale).reshape(query.shape)
@@ -51,11 +51,16 @@ def attend_newest(
             parts.append(store.attend(rows, visible, scale, softcap, show is not None))
         else:
             parts.append(store.attend_pages(rows, visible, pages, page_tokens, scale, softcap))
-    merged, shares = merge_partials(parts, sinks)
+    probs = [part.probs for part in parts if part.probs is not None]
+    if len(parts) > 1 or sinks is not None:
+        merged, shares = merge_partials(parts, sinks)
+        probs = [x * share[..., None] for x, share in zip(probs, shares)]
+    else:
+        merged = parts[0].output
     if show is not None:
-        probs = [part.probs for part in parts if part.probs is not None]
-        if len(parts) > 1 or sinks is not None:
-            probs = [x * share[..., None] for x, share in zip(probs, shares, strict=True)]
-        counts = [torch.tensor(x.shape[-1]) if r.visible is None else r.visible.sum(-1) for x, r in zip(probs, read)]
-        show([x[:, :, :, None] for x in probs], sum(counts[1:], counts[0]).to(query.device).expand(B, G, 1))
+        whole = sum(x.shape[-1] for x, r in zip(probs, read) if r.visible is None)
+        counts = query.new_full((1, 1, 1), whole, dtype=torch.int64)
+        for part in read:
+            counts = counts if part.visible is None else counts + part.visible.sum(-1)
+        show([x[:, :, :, None] for x in probs], counts.expand(B, G, 1))
     return merged.reshape(query.shape)

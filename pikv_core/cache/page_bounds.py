@@ -42,6 +42,12 @@ class PageBounds:
         pages = -(-(self.num_slots + T) // self.page_tokens)
         self._grow(pages, keys)
         assert self._bounds is not None
+        if T == 1:
+            lowest, highest = self._bounds[:, :, :, first:pages].unbind(0)
+            lowest.copy_(lowest.minimum(low))
+            highest.copy_(highest.maximum(high))
+            self.num_slots += 1
+            return
         page = torch.arange(self.num_slots, self.num_slots + T, device=keys.device) // self.page_tokens - first
         index = page[:, None].expand(B, G, T, D)
         changed = self._bounds[:, :, :, first:pages]

@@ -35,21 +35,28 @@ class Store:
         self._column_names = columns
         self._encoded: dict[str, torch.Tensor] = {}
         self._columns: dict[str, torch.Tensor] = {}
+        self._nbytes: int | None = None  # counted anew after tensors are replaced
         self._dtype = torch.float32
 
     @property
     def nbytes(self) -> int:
         """Bytes of the storage of everything held, spare room included."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._all())
+        if self._nbytes is None:
+            self._nbytes = sum(tensor.untyped_storage().nbytes() for tensor in self._all())
+        return self._nbytes
+
+    @property
+    def num_heads(self) -> int:
+        return self._columns["position"].shape[1]
 
     @property
     def position(self) -> torch.Tensor:
         """True positions [B,G,S], int32."""
-        return self._columns["position"][:, :, : self.num_slots]
+        return self._columns["position"].narrow(2, 0, self.num_slots)
 
     def columns(self) -> dict[str, torch.Tensor]:
         """Views [B,G,S] of the statistics, writable."""
-        return {name: self._columns[name][:, :, : self.num_slots] for name in self._column_names}
+        return {name: self._columns[name].narrow(2, 0, self.num_slots) for name in self._column_names}
 
     def decoded(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B,G,S,D] in the model's dtype."""
@@ -69,7 +76,7 @@ class Store:
         T = keys.shape[2]
         assert T % self.unit == 0
         self._dtype = keys.dtype
-        new_columns = {"position": position.to(torch.int32)}
+        new_columns = {"position": position if self._columns else position.to(torch.int32)}
         for name in self._column_names:
             given = (columns or {}).get(name)
             new_columns[name] = keys.new_zeros(keys.shape[:3], dtype=torch.float32) if given is None else given
@@ -80,17 +87,21 @@ class Store:
     def keep(self, units: torch.Tensor) -> None:
         """Keep only these units [B,G,K] of every head, in the given order, and free the rest."""
         slots = units if self.unit == 1 else self._slots_of(units)
-        self._columns = {name: _take(x, slots) for name, x in self._columns.items()}
-        self._encoded = {name: _take(x, units) for name, x in self._encoded.items()}
-        self.num_slots = slots.shape[2]
+        for tensors, rows in ((self._columns, slots), (self._encoded, units)):
+            for name in tensors:  # one after the other, so that no second copy of all is ever held
+                tensors[name] = _take(tensors[name], rows)
+        self.num_slots, self._nbytes = slots.shape[2], None
 
     def drop_one(self, slot: torch.Tensor) -> None:
         """Drop one slot [B,G] of every head: the last slot's token takes its place (units of one token only)."""
         assert self.unit == 1
         last = self.num_slots - 1
+        places: dict[torch.Size, torch.Tensor] = {}
         for x in self._all():
-            index = slot.view(*slot.shape, 1, *[1] * (x.dim() - 3)).expand(*slot.shape, 1, *x.shape[3:])
-            x.scatter_(2, index, x[:, :, last : last + 1].clone())
+            inner = x.shape[3:]
+            if inner not in places:
+                places[inner] = slot.view(*slot.shape, 1, *[1] * len(inner)).expand(*slot.shape, 1, *inner)
+            x.scatter_(2, places[inner], x.narrow(2, last, 1).clone())
         self.num_slots = last
 
     def drop_newest_slots(self, num_slots: int) -> None:
@@ -102,6 +113,12 @@ class Store:
         """Reorder or repeat the batch."""
         self._columns = {name: x.index_select(0, rows) for name, x in self._columns.items()}
         self._encoded = {name: x.index_select(0, rows) for name, x in self._encoded.items()}
+        self._nbytes = None
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more token fits without new storage."""
+        return self.num_slots < self._columns["position"].shape[2]
 
     def pages(self, pages: torch.Tensor, page_tokens: int) -> Store:
         """Return a store with only these pages [B,G,K] of `page_tokens` slots each, in page order of the slots."""
@@ -162,7 +179,8 @@ class Store:
         if pages is not None:
             return self.attend_pages(query, visible, pages, page_tokens, scale, None).output
         if isinstance(self.codec, Plain):
-            return attend_alone(query, *self.decoded(), visible, scale)
+            held = self._encoded_until(self.num_slots)
+            return attend_alone(query, held["keys"], held["values"], visible, scale)
         return self.attend(query, visible, scale, None, False).output
 
     def shifted(self, rotary: Rotary, offset: torch.Tensor, layer: int) -> Store:
@@ -182,6 +200,7 @@ class Store:
             held = {name: x for name, x in self._columns.items() if name in names or name == "position"}
             added = {name: torch.zeros_like(position, dtype=torch.float32) for name in names if name not in held}
             self._columns = {**held, **added}
+            self._nbytes = None
 
     def part(self, pairs: torch.Tensor, codec: Codec) -> Store:
         """Return a copy with only these (row, head) pairs [N], row·G + head, as N rows of one head."""
@@ -193,7 +212,7 @@ class Store:
 
     def _encoded_until(self, num_slots: int) -> dict[str, torch.Tensor]:
         assert num_slots % self.unit == 0
-        return {name: x[:, :, : num_slots // self.unit] for name, x in self._encoded.items()}
+        return {name: x.narrow(2, 0, num_slots // self.unit) for name, x in self._encoded.items()}
 
     def _all(self) -> list[torch.Tensor]:
         return [*self._encoded.values(), *self._columns.values()]
@@ -208,12 +227,14 @@ class Store:
             held = tensors.get(name)
             if held is None or held.shape[2] < rows:
                 room = self._room(rows * unit) // unit
-                grown = x.new_empty(*x.shape[:2], room, *x.shape[3:])
+                dtype = x.dtype if held is None else held.dtype
+                grown = x.new_empty(*x.shape[:2], room, *x.shape[3:], dtype=dtype)
                 grown[:, :, rows:] = 0  # not whatever was there: a masked slot still multiplies its value by 0
                 if held is not None:
                     grown[:, :, :used] = held[:, :, :used]
                 tensors[name] = held = grown
-            held[:, :, used:rows] = x
+                self._nbytes = None
+            held.narrow(2, used, x.shape[2]).copy_(x)
 
     def _room(self, num_slots: int) -> int:
         """Slots to allocate for `num_slots`: up to the next page, with 1 % to grow."""

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from pikv_core.compression import CODECS
-from pikv_core.compression.base import Codec
+from pikv_core.compression.base import Codec, sees_alike, units_of_pages
 from pikv_core.compression.empty_slots import fill_empty
 from pikv_core.errors import PiKVError
 
 if TYPE_CHECKING:
     import torch
+
+    from pikv_kernels.partial_attention import Partial
 
 HIGHEST = 448.0  # of e4m3
 
@@ -43,13 +45,43 @@ class Float8(Codec):
     def decode(
         self, encoded: dict[str, torch.Tensor], position: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        from pikv_kernels.float8 import decode_e4m3
+        from pikv_kernels.attend_float8 import decode
 
-        def decoded(kind: str) -> torch.Tensor:
-            numbers = decode_e4m3(encoded[f"{kind}_codes"])
-            return numbers.mul_(encoded[f"{kind}_scale"][..., None, None]).to(dtype).flatten(2, 3)
+        return decode(encoded, dtype)
 
-        return decoded("key"), decoded("value")
+    def attend(
+        self,
+        query: torch.Tensor,
+        encoded: dict[str, torch.Tensor],
+        position: torch.Tensor,
+        visible: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+        with_probs: bool,
+    ) -> Partial:
+        from pikv_kernels.attend_float8 import attend_float8, choose_for_float8
+
+        if sees_alike(query, visible) and choose_for_float8(query, encoded) != "torch":
+            return attend_float8(query, encoded, visible, scale, softcap, with_probs)
+        return super().attend(query, encoded, position, visible, scale, softcap, with_probs)
+
+    def attend_pages(
+        self,
+        query: torch.Tensor,
+        encoded: dict[str, torch.Tensor],
+        pages: torch.Tensor,
+        page_tokens: int,
+        visible: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Partial | None:
+        from pikv_kernels.attend_float8 import attend_float8_pages, choose_for_float8
+
+        chosen = choose_for_float8(query, encoded)
+        if chosen == "torch":
+            return None
+        units = units_of_pages(pages, page_tokens // self.page)
+        return attend_float8_pages(query, encoded, units, visible, scale, softcap, backend=chosen)
 
 
 def _encode_pages(pages: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from pikv_core.compression.base import Codec, sees_alike
+from pikv_core.compression.base import Codec, sees_alike, units_of_pages
 from pikv_core.compression.empty_slots import fill_empty
 from pikv_core.errors import PiKVError
 
@@ -49,10 +49,9 @@ class Kivi(Codec):
         softcap: float | None,
         with_probs: bool,
     ) -> Partial:
-        from pikv_kernels.attend_codes import attend_codes
-        from pikv_kernels.backends import choose_for_newest
+        from pikv_kernels.attend_codes import attend_codes, choose_for_codes
 
-        if sees_alike(query, visible) and choose_for_newest("attend_codes", query, encoded["key_codes"]) == "numba":
+        if sees_alike(query, visible) and choose_for_codes(query, encoded, self.bits) != "torch":
             return attend_codes(query, encoded, self.bits, visible, scale, softcap, with_probs)
         return super().attend(query, encoded, position, visible, scale, softcap, with_probs)
 
@@ -66,15 +65,11 @@ class Kivi(Codec):
         scale: float,
         softcap: float | None,
     ) -> Partial | None:
-        import torch
+        from pikv_kernels.attend_codes import attend_codes, choose_for_codes
 
-        from pikv_kernels.attend_codes import attend_codes
-        from pikv_kernels.backends import choose_for_newest
-
-        if choose_for_newest("attend_codes", query, encoded["key_codes"]) == "torch":
+        if choose_for_codes(query, encoded, self.bits) == "torch":
             return None
-        per_page = page_tokens // self.group
-        units = (pages[..., None] * per_page + torch.arange(per_page)).flatten(2)
+        units = units_of_pages(pages, page_tokens // self.group)
         return attend_codes(query, encoded, self.bits, visible, scale, softcap, units=units)
 
 
@@ -87,34 +82,24 @@ def encode_blocks(
     [B,G,U,block_tokens,C]. Raises PiKVError where a value is not finite or out of float16's range, or D cannot be
     packed.
     """
-    from pikv_kernels.pack_bits import grain, pack
-    from pikv_kernels.quantize_kv import quantize
+    from pikv_kernels.pack_bits import grain
+    from pikv_kernels.quantize_kv import quantize_kv
 
-    D = keys.shape[-1]
-    if D % grain(bits):
-        raise PiKVError(
-            f"codes of {bits} bits need a head dim that is a multiple of {grain(bits)}, got {D}",
-            hint="use codec 'int8', which takes any head dim",
-        )
-    keys, values = (fill_empty(x, position, block_tokens).unflatten(2, (-1, block_tokens)) for x in (keys, values))
-    # Channel-major keys: the scale of a channel is shared by a contiguous run of tokens.
-    key_codes, key_scale, key_zero = quantize(keys.transpose(-1, -2), dim=-1, bits=bits)
-    grouped = values.unflatten(-1, (-1, group_channels(D, block_tokens)))
-    value_codes, value_scale, value_zero = quantize(grouped, dim=-1, bits=bits)
-    for kind, scale, zero in (("keys", key_scale, key_zero), ("values", value_scale, value_zero)):
-        if not (scale.isfinite().all() and zero.isfinite().all()):
+    for D in (keys.shape[-1], values.shape[-1]):
+        if D % grain(bits):
             raise PiKVError(
-                f"the {kind} hold NaN, infinity or numbers beyond float16's 65504, which codes cannot represent",
+                f"codes of {bits} bits need a head dim that is a multiple of {grain(bits)}, got {D}",
+                hint="use codec 'int8', which takes any head dim",
+            )
+    keys, values = (fill_empty(x, position, block_tokens) for x in (keys, values))
+    codes = quantize_kv(keys, values, bits, block_tokens, group_channels(values.shape[-1], block_tokens))
+    for kind in ("key", "value"):
+        if not (codes[f"{kind}_scale"].isfinite().all() and codes[f"{kind}_zero"].isfinite().all()):
+            raise PiKVError(
+                f"the {kind}s hold NaN, infinity or numbers beyond float16's 65504, which codes cannot represent",
                 hint="run with codec 'none' to see whether the model's own numbers are finite",
             )
-    return {
-        "key_codes": pack(key_codes, bits),
-        "key_scale": key_scale.squeeze(-1),
-        "key_zero": key_zero.squeeze(-1),
-        "value_codes": pack(value_codes.flatten(-2), bits),
-        "value_scale": value_scale.squeeze(-1),
-        "value_zero": value_zero.squeeze(-1),
-    }
+    return codes
 
 
 def decode_blocks(encoded: dict[str, torch.Tensor], bits: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

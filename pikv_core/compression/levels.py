@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from pikv_core.compression import CODECS
-from pikv_core.compression.base import Codec
+from pikv_core.compression.base import Codec, sees_alike, units_of_pages
 from pikv_core.compression.kivi import decode_blocks, encode_blocks
 from pikv_core.observation import ALL, Rows
 
 if TYPE_CHECKING:
     import torch
+
+    from pikv_kernels.partial_attention import Partial
 
 BLOCK_TOKENS = 64  # of one level in a unit
 FULL_BITS = 16  # of a number that compression_ratio 1 stands for
@@ -71,16 +73,82 @@ class Levels(Codec):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        levels = []
-        for level, bits in enumerate(self.bits):
-            prefix = f"level{level}_"
-            of_level = {name.removeprefix(prefix): x for name, x in encoded.items() if name.startswith(prefix)}
-            levels.append(decode_blocks(of_level, bits, dtype))
+        levels = [decode_blocks(_blocks(encoded, level), bits, dtype) for level, bits in enumerate(self.bits)]
         keys, values = (
             torch.stack([x.unflatten(2, (-1, BLOCK_TOKENS)) for x in kind], dim=3).flatten(2, 4)
             for kind in zip(*levels)
         )
         return keys, values
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        encoded: dict[str, torch.Tensor],
+        position: torch.Tensor,
+        visible: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+        with_probs: bool,
+    ) -> Partial:
+        from pikv_kernels.backends import choose_for_newest
+
+        if not sees_alike(query, visible) or choose_for_newest("attend_codes", query, _first(encoded)) == "torch":
+            return super().attend(query, encoded, position, visible, scale, softcap, with_probs)
+        return self._attend_by_level(query, encoded, None, visible, scale, softcap, with_probs)
+
+    def attend_pages(
+        self,
+        query: torch.Tensor,
+        encoded: dict[str, torch.Tensor],
+        pages: torch.Tensor,
+        page_tokens: int,
+        visible: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Partial | None:
+        from pikv_kernels.backends import choose_for_newest
+
+        if choose_for_newest("attend_codes", query, _first(encoded)) == "torch":
+            return None
+        units = units_of_pages(pages, page_tokens // self.unit_tokens)
+        return self._attend_by_level(query, encoded, units, visible, scale, softcap, False)
+
+    def _attend_by_level(
+        self,
+        query: torch.Tensor,
+        encoded: dict[str, torch.Tensor],
+        units: torch.Tensor | None,
+        visible: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+        with_probs: bool,
+    ) -> Partial:
+        """Attend over each level's blocks, of which every unit has one, and merge."""
+        from pikv_kernels.attend_codes import attend_codes
+        from pikv_kernels.merge_partials import join_partials
+
+        parts = []
+        for level, bits in enumerate(self.bits):
+            seen = visible
+            if visible is not None:
+                seen = visible.unflatten(-1, (-1, self.num_levels, BLOCK_TOKENS))[..., level, :].flatten(-2)
+            blocks = _blocks(encoded, level)
+            parts.append(attend_codes(query, blocks, bits, seen, scale, softcap, with_probs, units))
+        part = join_partials(parts)
+        if part.probs is None:
+            return part
+        by_level = part.probs.unflatten(-1, (self.num_levels, -1, BLOCK_TOKENS))
+        return part._replace(probs=by_level.transpose(-3, -2).flatten(-3))
+
+
+def _blocks(encoded: Mapping[str, torch.Tensor], level: int) -> dict[str, torch.Tensor]:
+    """Return one level's blocks as `encode_blocks` names them."""
+    prefix = f"level{level}_"
+    return {name.removeprefix(prefix): x for name, x in encoded.items() if name.startswith(prefix)}
+
+
+def _first(encoded: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return encoded["level0_key_codes"]
 
 
 @cache

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from pikv_core.compression.base import Codec
+from pikv_core.compression.base import Codec, sees_alike
+from pikv_core.compression.kivi import Kivi
 from pikv_core.errors import PiKVError
 
 if TYPE_CHECKING:
     import torch
 
+    from pikv_kernels.attend_rebuilt import Rotation
     from pikv_kernels.partial_attention import Partial
 
 CPU_TILE, DEVICE_TILE = 2**20, 2**26  # numbers of rebuilt keys at a time: what caches hold, what launches are worth
@@ -35,6 +37,12 @@ class Basis:
     @property
     def rank(self) -> int:
         return self._down.shape[-1]
+
+    @property
+    def up(self) -> torch.Tensor:
+        """What coordinates are multiplied by, [B|1,G,D,r] float32."""
+        up = self._picked(self._up)
+        return up if self._heads is not None else up[None]
 
     def of_heads(self, heads: torch.Tensor) -> Basis:
         """Return the basis for rows whose heads are `heads` [B,G], numbers of this basis's own."""
@@ -117,6 +125,22 @@ class LowRank(Codec):
             part = self._attend_rebuilt(query, encoded, position, visible, scale, softcap, with_probs)
         return part._replace(output=self.value.restore(part.output, query.dtype))
 
+    def attend_pages(
+        self,
+        query: torch.Tensor,
+        encoded: dict[str, torch.Tensor],
+        pages: torch.Tensor,
+        page_tokens: int,
+        visible: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Partial | None:
+        if self.rotary is not None:
+            return None
+        absorbed = self.key.absorb(query)
+        part = self.codes.attend_pages(absorbed, encoded, pages, page_tokens, visible, scale, softcap)
+        return None if part is None else part._replace(output=self.value.restore(part.output, query.dtype))
+
     def _attend_rebuilt(
         self,
         query: torch.Tensor,
@@ -129,9 +153,21 @@ class LowRank(Codec):
     ) -> Partial:
         """Attend over keys that are rebuilt and rotated tile by tile; the output stays in the basis of values."""
 
+        from pikv_kernels.attend_rebuilt import attend_rebuilt
+        from pikv_kernels.backends import choose_for_newest
         from pikv_kernels.merge_partials import join_partials
         from pikv_kernels.partial_attention import partial_attention
 
+        bits = self.codes.bits if isinstance(self.codes, Kivi) and 8 % self.codes.bits == 0 else None
+        first = encoded.get("keys" if bits is None else "key_codes")
+        if (
+            first is not None
+            and sees_alike(query, visible)
+            and choose_for_newest("attend_rebuilt", query, first) == "numba"
+            and self.rotary.pairs(self.layer) is not None
+        ):
+            rotation = self._rotation(position)
+            return attend_rebuilt(query, encoded, bits, self.key.up, rotation, visible, scale, softcap, with_probs)
         key_codes, value_codes = self.codes.decode(encoded, position, query.dtype)
         parts = []
         tile_tokens = max(16, (CPU_TILE if query.is_cpu else DEVICE_TILE) // max(1, query[:, :, 0].numel()))
@@ -141,6 +177,13 @@ class LowRank(Codec):
             seen = None if visible is None else visible[..., tile]
             parts.append(partial_attention(query, keys, value_codes[:, :, tile], seen, scale, softcap, with_probs))
         return join_partials(parts)
+
+    def _rotation(self, position: torch.Tensor) -> Rotation:
+        from pikv_kernels.attend_rebuilt import Rotation
+
+        shared = _shared(position)
+        turns = self.rotary.turns(self.layer, int(position.max()) + 1)
+        return Rotation(self.rotary.pairs(self.layer), turns, shared[:, None] if shared.dim() == 2 else shared)
 
     def _keys(self, codes: torch.Tensor, position: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         keys = self.key.restore(codes, dtype)

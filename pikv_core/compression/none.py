@@ -61,10 +61,10 @@ class Plain(Codec):
         scale: float,
         softcap: float | None,
     ) -> Partial | None:
-        from pikv_kernels.attend_tokens import attend_pages
-        from pikv_kernels.backends import choose_for_newest
+        from pikv_kernels.attend_tokens import attend_pages, choose_for_tokens
 
         keys, values = encoded["keys"], encoded["values"]
-        if choose_for_newest("attend_pages", query, keys) == "torch":
+        chosen = choose_for_tokens("attend_pages", query, keys, values)
+        if chosen == "torch":
             return None
-        return attend_pages(query, keys, values, pages, page_tokens, visible, scale, softcap)
+        return attend_pages(query, keys, values, pages, page_tokens, visible, scale, softcap, backend=chosen)

@@ -51,11 +51,24 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
     if recipe.record_attention is not None:
         _check_place(recipe.record_attention, recipe.prompt_file)
 
+    from pikv_core.cache.backend import attending_by
+    from pikv_core.model.loading import device_of
+
+    device = device_of(recipe)
+    if recipe.graph and device.type != "cuda":
+        raise UsageError(f"--graph needs a GPU, and this run is on '{device.type}'", hint="leave out --graph")
+    with attending_by(recipe.backend, device):
+        return _generate(recipe, run, prompts)
+
+
+def _generate(recipe: GenerateRecipe, run: Run, prompts: list[str]) -> GenerateResult:
     from pikv_core.jobs.record_attention import Recording
     from pikv_core.model.generation import as_chat, generate_batch
     from pikv_core.model.loading import load_model
 
     loaded = load_model(recipe.model, recipe)
+    if recipe.graph:
+        loaded.new_cache(recipe).check_static()
     if recipe.chat:
         prompts = [as_chat(loaded.tokenizer, prompt) for prompt in prompts]
     if recipe.record_attention is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 from pikv_core.cache import PiKVCache
 from pikv_core.errors import UsageError
 from pikv_core.model.loading import LoadedModel
+from pikv_core.model.replayed_step import replaying
 from pikv_core.model.steps import prefill
 from pikv_core.runs import Reporter
 from pikv_core.schema import GenerateRecipe
@@ -75,20 +77,23 @@ def generate_batch(
             )
         prefill(model, cache, inputs["input_ids"][:, :-1], is_token=inputs["attention_mask"][:, :-1].bool())
     sampled = recipe.temperature > 0
-    output = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        past_key_values=cache,
-        max_new_tokens=recipe.max_new_tokens,
-        do_sample=sampled,
-        temperature=recipe.temperature if sampled else None,
-        top_k=recipe.top_k if sampled else None,
-        top_p=recipe.top_p if sampled else None,
-        repetition_penalty=recipe.repetition_penalty,
-        pad_token_id=tokenizer.pad_token_id,
-        stopping_criteria=StoppingCriteriaList([clock]),
-        streamer=_Stream(tokenizer, reporter) if stream else None,
-    )
+    with replaying(model, cache) if recipe.graph else nullcontext() as decode:
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            past_key_values=cache,
+            max_new_tokens=recipe.max_new_tokens,
+            do_sample=sampled,
+            temperature=recipe.temperature if sampled else None,
+            top_k=recipe.top_k if sampled else None,
+            top_p=recipe.top_p if sampled else None,
+            repetition_penalty=recipe.repetition_penalty,
+            pad_token_id=tokenizer.pad_token_id,
+            stopping_criteria=StoppingCriteriaList([clock]),
+            streamer=_Stream(tokenizer, reporter) if stream else None,
+        )
+    if decode is not None and not decode.num_replayed:
+        reporter.status(f"graph: no step was replayed, since {cache.get_seq_length()} tokens did not fill the budget")
     completions = []
     for prompt, mask, row in zip(prompts, inputs["attention_mask"], output[:, length:].tolist()):
         ids = _until_stop(row, model.generation_config.eos_token_id)

@@ -64,12 +64,15 @@ class Evictor(Policy, Observer, ABC):
     decides_once: the score is taken once, after a prompt, and stays with each token; `columns` last until then. Tokens
     that come later go only when no scored one is left. looks: what the model has to be shown after the prompt, its
     attention alone being observed, before the score is taken: the prompt again ("repeat"), or what the run will
-    feed it later ("future"); None for nothing. sees_queries: whether `observe_queries` is called.
+    feed it later ("future"); None for nothing. sees_queries: whether `observe_queries` is called. is_static: whether
+    `observe` and `score` ask the device for no value and do the same in every step of one token, so that a step can be
+    recorded and replayed; of a policy that decides once nothing runs in such a step.
     """
 
     decides_once: ClassVar[bool] = False
     looks: ClassVar[Literal["repeat", "future"] | None] = None
     sees_queries: ClassVar[bool] = False
+    is_static: ClassVar[bool] = False
 
     @property
     def needs(self) -> frozenset[str]:

@@ -24,6 +24,7 @@ class H2O(Evictor):
     heavy_share: part of the budget for heavy hitters; the rest is for the newest tokens.
     """
 
+    is_static: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ("mass",)
     heavy_share: Annotated[float, Field(ge=0, le=1)] = 0.5
 

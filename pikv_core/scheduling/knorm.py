@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class KNorm(Evictor):
     """Keep the tokens with the shortest keys (Euclidean norm)."""
 
+    is_static: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("keys",)
 
     def score(self, tokens: Tokens) -> torch.Tensor:

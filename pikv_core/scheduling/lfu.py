@@ -26,6 +26,7 @@ class LFU(Evictor):
     is a use, those of prompts too. Ties go to the newer token.
     """
 
+    is_static: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ("num_uses",)
     without_queries: ClassVar[bool] = True
     tau: Annotated[float, Field(gt=0)] = 1.0

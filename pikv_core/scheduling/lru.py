@@ -27,6 +27,7 @@ class LRU(Evictor):
     position. Ties go to the newer token.
     """
 
+    is_static: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ("last_used",)
     without_queries: ClassVar[bool] = True
     tau: Annotated[float, Field(gt=0)] = 1.0

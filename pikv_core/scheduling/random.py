@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class Random(Evictor):
     """Keep tokens by a hash of `seed`, layer, head and position, even over [0, 1): the same whenever it is asked."""
 
+    is_static: ClassVar[bool] = True
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     def score(self, tokens: Tokens) -> torch.Tensor:

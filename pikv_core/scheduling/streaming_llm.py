@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class StreamingLLM(Evictor):
     """Keep the first `sinks` tokens, at most half of the budget, and fill the rest with the newest."""
 
+    is_static: ClassVar[bool] = True
     sinks: Annotated[int, Field(ge=0)] = 4
 
     def score(self, tokens: Tokens) -> torch.Tensor:

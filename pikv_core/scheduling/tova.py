@@ -22,6 +22,7 @@ class TOVA(Evictor):
     Heads that hold different tokens are scored each by its own attention.
     """
 
+    is_static: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ("attention",)
 
     @property
@@ -32,9 +33,8 @@ class TOVA(Evictor):
         import torch
 
         newest = rows.probs[:, :, :, -1].mean(dim=2)
-        layer_wide = rows.position[:, :1].expand_as(rows.position)
-        if torch.equal(rows.position, layer_wide):
-            newest = newest.mean(dim=1, keepdim=True)
+        agree = (rows.position == rows.position[:, :1]).all()
+        newest = torch.where(agree, newest.mean(dim=1, keepdim=True), newest)
         is_token = rows.query_position[:, -1, None, None] >= 0
         columns["attention"].copy_(newest.where(is_token, columns["attention"]))
 

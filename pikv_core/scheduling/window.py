@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.base import Evictor, Tokens
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Window(Evictor):
     """Keep the newest tokens."""
+
+    is_static: ClassVar[bool] = True
 
     def score(self, tokens: Tokens) -> torch.Tensor:
         return tokens.position.float()

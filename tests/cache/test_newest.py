@@ -4,6 +4,8 @@ import pytest
 import torch
 from single_layer import single_layer
 
+from pikv_core.compression.fp8 import Float8
+from pikv_core.compression.int2 import Int2
 from pikv_core.compression.int4 import Int4
 from pikv_core.compression.int8 import Int8
 from pikv_core.compression.none import Plain
@@ -14,7 +16,13 @@ from pikv_core.scheduling.snapkv import SnapKV
 from pikv_kernels.backends import backend_report, forced
 
 B, H, G, D = 2, 8, 2, 32
-CODECS = {"none": Plain, "int8": lambda: Int8(group=16), "int4": lambda: Int4(group=16)}
+CODECS = {
+    "none": Plain,
+    "int8": lambda: Int8(group=16),
+    "int4": lambda: Int4(group=16),
+    "int2 in halves of pages": lambda: Int2(group=8),
+    "fp8": lambda: Float8(page=16),
+}
 POLICIES = {
     "full": (Full(), 1.0),
     "h2o": (H2O(), 0.5),

@@ -62,6 +62,27 @@ def test_rotation_is_the_models_own(name):
     assert seen == SMALL["num_hidden_layers"]
 
 
+@pytest.mark.parametrize("name", ALL_CONFIGS)
+@torch.no_grad()
+def test_pairs_and_turns_make_the_rotation(name):
+    rotary = rotary_of(name)
+    position = torch.arange(40, 60)
+    for layer in range(SMALL["num_hidden_layers"]):
+        x = torch.randn(1, 2, 20, 16, generator=torch.Generator().manual_seed(layer))
+        (one, other), turns = rotary.pairs(layer), rotary.turns(layer, 60)[position]
+        assert len(turns.T) == 2 * len(one) <= 16
+        (cos, sin), turned = turns.chunk(2, dim=-1), x.clone()
+        turned[..., one] = x[..., one] * cos - x[..., other] * sin
+        turned[..., other] = x[..., other] * cos + x[..., one] * sin
+        torch.testing.assert_close(turned, rotary.rotate(x, position, layer))
+
+
+def test_a_function_that_is_no_rotation_of_pairs_has_none():
+    rotary = rotary_of("llama")
+    rotary.apply = lambda x, y, cos, sin: (x * cos + x.roll(1, -1) * sin, y)
+    assert rotary.pairs(0) is None
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "interleaved, half of the channels", "scaled"])
 @torch.no_grad()
 def test_rotation_in_bfloat16(name):

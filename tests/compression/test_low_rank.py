@@ -16,6 +16,7 @@ from pikv_core.compression.knapsack import choose
 from pikv_core.compression.low_rank import Basis, LowRank
 from pikv_core.compression.measured import measure
 from pikv_core.errors import PiKVError, UsageError
+from pikv_kernels.backends import backend_report, forced
 from pikv_kernels.partial_attention import partial_attention
 
 TRAINED = ["lora", "lora-int8", "lora-int4"]
@@ -117,6 +118,47 @@ def test_attention_over_codes_is_attention_over_what_they_decode_to(rotary, monk
         torch.testing.assert_close(found.lse, expected.lse, **close)
         torch.testing.assert_close(found.probs, expected.probs, **close)
         assert codec.attend(query, encoded, position, mask, 0.3, softcap, False).probs is None
+
+
+@pytest.mark.parametrize(
+    "name, rope",
+    [
+        ("lora-int8", "before"),
+        *(
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in itertools.product(["svd", "lora-int8", "lora-int4"], ["after", "before"])
+            if x != ("lora-int8", "before")
+        ),
+    ],
+)
+def test_one_token_by_kernels_is_the_one_over_what_codes_decode_to(rotary, name, rope):
+    samples = make_samples(num_tokens=128, rotary=rotary)
+    codec = fitted(samples, name, rank=6, rope=rope, **({"steps": 5} if name != "svd" else {}))[0]
+    position = samples.position.expand(samples.keys.shape[:3])
+    encoded = codec.encode(samples.keys, samples.values, position)
+    query = samples.queries.unflatten(1, (2, 2))[:, :, :, 5]
+    visible = torch.rand(3, 1, 1, 128, generator=torch.Generator().manual_seed(1)) < 0.4
+    keys, values = codec.decode(encoded, position, torch.float32)
+    picked = codec.for_heads(torch.tensor([[1, 0]] * 3)), {name: x.flip(1) for name, x in encoded.items()}
+    for mask in (None, visible):
+        expected = partial_attention(query, keys, values, mask, 0.3, None, True)
+        with forced("numba"):
+            found = codec.attend(query, encoded, position, mask, 0.3, None, True)
+            flipped = picked[0].attend(query.flip(1), picked[1], position, mask, 0.3, None, True)
+        for one, two, three in zip(found, expected, flipped):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(three.flip(1), two, rtol=1e-4, atol=1e-4)
+    with forced("numba"):
+        pages = torch.tensor([[[1], [0]]] * 3)
+        found = codec.attend_pages(query, encoded, pages, 64, visible, 0.3, None)
+    if rope == "before":
+        assert found is None
+    else:
+        is_read = torch.nn.functional.one_hot(pages[..., 0], 2).bool().repeat_interleave(64, dim=-1)[:, :, None]
+        expected = partial_attention(query, keys, values, visible & is_read, 0.3)
+        torch.testing.assert_close(found.output, expected.output, rtol=1e-4, atol=1e-4)
+    ran = {choice.op for choice in backend_report() if (choice.backend, choice.reason) == ("numba", "forced")}
+    assert {"before": "attend_rebuilt", "after": "attend_tokens" if name == "svd" else "attend_codes"}[rope] in ran
 
 
 @pytest.mark.parametrize("rope", ["after", "before"])

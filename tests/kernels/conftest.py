@@ -1,8 +1,21 @@
 """Run a kernel's tests on the CPU and the GPU, with fresh memory that is not zero."""
 
 import pytest
-import torch
+from checked_memory import checked_memory, why_unchecked
+from guarded_memory import guarded_memory
 from kernel_checks import DEVICES
+
+from pikv_kernels.backends import INTERPRETED
+
+
+@pytest.fixture(autouse=True)
+def checked_kernels():
+    """Check every access of the kernels that these tests interpret; the list of their names."""
+    if INTERPRETED and why_unchecked() is None:
+        with checked_memory() as kernels:
+            yield kernels
+    else:
+        yield []
 
 
 @pytest.fixture(params=DEVICES)
@@ -12,18 +25,10 @@ def device(request):
 
 
 @pytest.fixture
-def nan_memory(monkeypatch):
-    """Fill what `torch.empty` and `new_empty` return with NaN, or 0xA5 bytes, so that what nobody wrote is seen."""
-
-    def filled(make):
-        def made(*arguments, **options):
-            tensor = make(*arguments, **options)
-            return tensor.fill_(torch.nan if tensor.is_floating_point() else 0xA5)
-
-        return made
-
-    monkeypatch.setattr(torch, "empty", filled(torch.empty))
-    monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
+def nan_memory():
+    """Fill fresh memory with NaN, so that what nobody wrote is seen, and watch what lies beside it."""
+    with guarded_memory():
+        yield
 
 
 @pytest.fixture

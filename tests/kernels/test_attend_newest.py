@@ -174,18 +174,20 @@ def test_heads_spread_over_threads_are_the_same(monkeypatch):
         assert torch.equal(one, two)
 
 
-def test_the_choice_is_told_and_forced():
+def test_the_choice_is_told_and_forced(monkeypatch):
     keys, values = random_tokens(backends.LEAST_NUMBERS // 128, 64)
     query = torch.randn(1, 2, 4, 64)
     by_default = attend_tokens(query, keys, values, None, 0.3)
     attend_tokens(query, keys[:, :, 1:], values[:, :, 1:], None, 0.3)
     with backends.forced("torch"):
         plain = attend_tokens(query, keys, values, None, 0.3)
-    with pytest.raises(ValueError, match="float16"):
-        attend_tokens(query.half(), keys.half(), values.half(), None, 0.3, backend="numba")
-    attend_tokens(query.half(), keys.half(), values.half(), None, 0.3)
-    with pytest.raises(ValueError, match="triton"):
-        attend_tokens(query, keys, values, None, 0.3, backend="triton")
+    with pytest.raises(ValueError, match="no kernel for float64"):
+        attend_tokens(query.double(), keys.double(), values.double(), None, 0.3, backend="numba")
+    attend_tokens(query.double(), keys.double(), values.double(), None, 0.3)
+    monkeypatch.setattr(backends, "INTERPRETED", False)
+    monkeypatch.setattr(backends, "_choices", dict(backends._choices))
+    with pytest.raises(ValueError, match="backend 'triton' needs a GPU, the tensors are on 'cpu'"):
+        attend_tokens(query[:, :, :3], keys, values, None, 0.3, backend="triton")
     told = {
         (choice.dtype, choice.backend, choice.reason)
         for choice in backends.backend_report()
@@ -195,7 +197,7 @@ def test_the_choice_is_told_and_forced():
         ("float32", "numba", "a CPU and one new token"),
         ("float32", "torch", "too few tokens for a kernel to pay"),
         ("float32", "torch", "forced"),
-        ("float16", "torch", "no kernel for float16"),
+        ("float64", "torch", "no kernel for float64"),
     }
     torch.testing.assert_close(by_default.output, plain.output, atol=1e-5, rtol=1e-5)
 

@@ -7,6 +7,7 @@ from pikv_kernels.merge_partials import join_partials, merge_partials
 from pikv_kernels.partial_attention import causal_attention, partial_attention
 from pikv_kernels.prefill_rows import prefill_rows
 
+pytestmark = pytest.mark.usefixtures("nan_memory")
 B, G, N, D = 2, 3, 5, 16
 
 
@@ -33,6 +34,12 @@ def test_rows_that_see_nothing_are_zero_and_finite():
     output, _ = merge_partials([part])
     assert (output[:, :, 0] == 0).all() and output.isfinite().all()
     assert (part.probs[..., 3:] == 0).all()
+
+
+def test_no_tokens_give_zeros():
+    part = partial_attention(torch.randn(B, G, N, D), *torch.randn(2, B, G, 0, D), None, 1.0, with_probs=True)
+    assert part.output.shape == (B, G, N, D) and (part.output == 0).all()
+    assert (part.lse == -torch.inf).all() and part.probs.shape == (B, G, N, 0)
 
 
 def test_softcap_and_sinks_equal_the_definition():

@@ -1,4 +1,7 @@
-"""What kernels compile to: no spills, shared memory that fits, and no more instructions than memory leaves time for."""
+"""What kernels compile to: no spills, shared memory that fits, and no more instructions than memory leaves time for.
+
+`python -m pytest -s -m "slow or not slow" tests/kernels/test_compiled_kernels.py` prints what was found of each.
+"""
 
 import json
 import os
@@ -9,6 +12,11 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+TOLD = (
+    "sm_{arch} d {head_dim:3} group {group:2}  {kernel:38} {registers:3} registers {spills} spills, {loop_spills} in a "
+    "loop, {shared_bytes:6} B shared {instructions_per_number:6.2f} instructions a number, budget {budget}"
+)
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # that a program can have
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels_compiled.py"
 
 
@@ -23,13 +31,16 @@ def compiled(*arguments):
 
 def check(rows, spills="spills"):
     for row in rows:
+        print(TOLD.format_map(row))
+        assert row["registers"] > 0 and row["instructions_per_number"] > 0, row
         assert row[spills] == 0, row
-        assert row["shared_bytes"] <= 227 * 1024, row
+        assert row["shared_bytes"] <= SHARED_BYTES[row["arch"]], row
         assert row["budget"] is None or row["instructions_per_number"] <= row["budget"], row
 
 
-def test_at_the_shapes_of_llama():
-    rows = compiled("--arch", "90")
+@pytest.mark.parametrize("arch", ["90", pytest.param("80", marks=pytest.mark.slow)])
+def test_at_the_shapes_of_llama(arch):
+    rows = compiled("--arch", arch)
     check(rows)
     assert len({row["kernel"] for row in rows}) == len(rows) == 17
     assert sum(row["budget"] is not None for row in rows) >= 13

@@ -4,9 +4,9 @@ import pytest
 import torch
 from kernel_checks import DTYPES, TOLERANCE, assert_near, seeded
 
-from pikv_kernels import decode_attention as module
-from pikv_kernels.decode_attention import Float8KV, FullKV, decode_attention, to_float32
-from pikv_kernels.quantize_kv import quantize_kv
+from pikv_kernels.attend_tokens import attend_tokens
+from pikv_kernels.decode_attention import Float8KV, FullKV, attend_on_gpu, decode_attention, to_float32
+from pikv_kernels.partial_attention import Partial, partial_attention
 from pikv_kernels.split_tokens import count_splits
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -82,60 +82,32 @@ def test_groups_and_head_dims(D, R, dtype, device):
 
 
 @pytest.mark.usefixtures("three_splits")
-@pytest.mark.parametrize(("D", "R"), GROUPS)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_codes(bits, D, R, device):
-    store = quantize_kv(*full_store(192, D, torch.float32, device), bits, backend="torch")
-    check(seeded(B, R * G, D, device=device, seed=9), store, 1e-2)
+@pytest.mark.parametrize(("D", "unit_tokens"), [(64, 64), (128, 64), (64, 16), (80, 48)])
+def test_8_bit_floats(D, unit_tokens, device):
+    check(seeded(B, 4 * G, D, device=device, seed=9), float8_store(192, D, device, unit_tokens), 4e-3)
 
 
-@pytest.mark.usefixtures("three_splits")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_codes_of_other_dtypes(bits, dtype, device):
-    store = quantize_kv(*full_store(128, 128, dtype, device), bits, backend="torch")
-    check(seeded(B, 4 * G, 128, dtype=dtype, device=device, seed=9), store, max(1e-2, TOLERANCE[dtype]))
+def test_pages_of_8_bit_floats(device):
+    store, page = float8_store(192, 64, device, 48), 32
+    query = seeded(B, G, 4, 64, device=device, seed=9)
+    pages = torch.tensor([[[5, 0], [1, 3]], [[2, 4], [0, 1]]], device=device)
+    seen = torch.zeros(B, G, 6, dtype=torch.bool, device=device).scatter_(2, pages, True).repeat_interleave(page, 2)
+    found = attend_on_gpu(query, store, None, SCALE, pages=pages, page_tokens=page)
+    expected = partial_attention(query, *to_float32(store), seen[:, :, None], SCALE)
+    assert_near(found.output, expected.output, 4e-3)
+    assert_near(found.lse, expected.lse, 4e-3)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("size", [1e-3, 300.0])
-def test_codes_of_small_and_large_values(size, bits, device):
-    keys, values = full_store(128, 64, torch.float32, device)
-    store = quantize_kv(keys, values * size, bits, backend="torch")
-    query = seeded(B, 4 * G, 64, device=device, seed=9)
-    expected, _, _ = attend_exactly(query, store, SCALE)
-    found = decode_attention(query, store, SCALE, backend="triton").output
-    assert_near(found / size, expected / size, 1e-2)
-
-
-@pytest.mark.usefixtures("three_splits")
-@pytest.mark.parametrize("D", [64, 128])
-def test_8_bit_floats(D, device):
-    check(seeded(B, 4 * G, D, device=device, seed=9), float8_store(192, D, device), 4e-3)
-
-
-def test_8_bit_floats_whose_scales_a_tile_does_not_share_are_refused(device):
-    with pytest.raises(ValueError, match="64 tokens share"):
-        decode_attention(seeded(B, G, 64, device=device), float8_store(96, 64, device, 48), 1.0, backend="triton")
-
-
-def stores_with_nan_beyond(lengths, S, D, where):
-    """Return stores of every kind whose numbers beyond `lengths` are NaN wherever they can be."""
-    full = full_store(S, D, torch.bfloat16, where)
-    stores = [quantize_kv(*full, bits, backend="torch") for bits in (4, 8)]
+def store_with_nan_beyond(lengths, S, D, where):
     beyond = (torch.arange(S, device=where) >= lengths[:, :, None])[..., None]
-    for store in stores:
-        store.value_scale.masked_fill_(beyond, torch.nan)
-        whole = beyond.unflatten(2, (-1, 64)).all(3)
-        store.key_scale.masked_fill_(whole, torch.nan)
-    return [FullKV(*(x.masked_fill(beyond, torch.nan) for x in full)), *stores]
+    return FullKV(*(x.masked_fill(beyond, torch.nan) for x in full_store(S, D, torch.bfloat16, where)))
 
 
 @pytest.mark.usefixtures("three_splits")
 def test_lengths_with_nan_beyond_them(device):
     lengths = torch.tensor([[0, 1], [65, 192]], device=device)
-    for store in stores_with_nan_beyond(lengths, 192, 64, device):
-        check(seeded(B, 4 * G, 64, dtype=torch.bfloat16, device=device, seed=9), store, 3e-2, lengths)
+    query = seeded(B, 4 * G, 64, dtype=torch.bfloat16, device=device, seed=9)
+    check(query, store_with_nan_beyond(lengths, 192, 64, device), 3e-2, lengths)
 
 
 @pytest.mark.usefixtures("three_splits")
@@ -145,18 +117,29 @@ def test_masks_alone_and_with_lengths(mask_heads, device):
     mask[0, :, :100] = False  # whole tiles of a split, the first split of all
     mask[1, 0] = False  # and a row that sees nothing
     lengths = torch.tensor([[150, 192], [70, 101]], device=device)
-    for store in stores_with_nan_beyond(torch.full((B, G), 192, device=device), 192, 64, device):
-        query = seeded(B, 4 * G, 64, dtype=torch.bfloat16, device=device, seed=9)
-        check(query, store, 3e-2, None if mask_heads == 1 else lengths, mask)
+    query = seeded(B, 4 * G, 64, dtype=torch.bfloat16, device=device, seed=9)
+    check(query, full_store(192, 64, torch.bfloat16, device), 3e-2, None if mask_heads == 1 else lengths, mask)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_empty_stores_give_zeros(backend, device):
     query = seeded(B, 4 * G, 64, device=device)
-    full = full_store(0, 64, torch.float32, device)
-    for store in (full, quantize_kv(*full, 4, backend=backend), quantize_kv(*full, 8, backend=backend)):
-        found = decode_attention(query, store, 1.0, with_mass=True, backend=backend)
-        assert (found.output == 0).all() and (found.lse == -torch.inf).all() and found.mass.shape == (B, G, 0)
+    found = decode_attention(query, full_store(0, 64, torch.float32, device), 1.0, with_mass=True, backend=backend)
+    assert (found.output == 0).all() and (found.lse == -torch.inf).all() and found.mass.shape == (B, G, 0)
+
+
+@pytest.mark.usefixtures("three_splits")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_rows_and_soft_caps_of_what_the_cache_asks_for(softcap, dtype, device):
+    store = full_store(150, 64, dtype, device)
+    visible = (torch.rand(B, 1, 1, 150, generator=torch.Generator().manual_seed(0)) < 0.6).to(device)
+    query = seeded(B, G, 4, 64, dtype=dtype, device=device, seed=9)
+    found, expected = (
+        attend_tokens(query, *store, visible, SCALE, softcap, True, backend=backend) for backend in ("triton", "torch")
+    )
+    for name, x, y in zip(Partial._fields, found, expected):
+        assert_near(x, y, TOLERANCE[dtype], name)
 
 
 def test_slices_of_larger_buffers_are_read_in_place(device):
@@ -181,7 +164,3 @@ def test_splits_fill_the_multiprocessors():
             splits = count_splits(heads, tiles, 132)
             assert 1 <= splits <= tiles
     assert 120 <= count_splits(8, 512, 132) * 8 <= 132  # few heads: one wave that leaves few places free
-
-
-def test_the_kernels_tiles_divide_what_scales_share():
-    assert all(64 % launch.tile == 0 for launch in (module.WHOLE, module.PAGES, module.WIDE, module.EXACT_ROWS))

@@ -4,8 +4,9 @@ import pytest
 import torch
 from kernel_checks import DTYPES, seeded
 
+from pikv_kernels.attend_codes import decode
 from pikv_kernels.pack_bits import unpack
-from pikv_kernels.quantize_kv import _rounded, dequantize_kv, quantize_kv
+from pikv_kernels.quantize_kv import _rounded, quantize_kv
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 B, G = 2, 1
@@ -18,27 +19,29 @@ def numbers(S, D, dtype, device):
     return keys.to(dtype).to(device), values.to(dtype).to(device)
 
 
+# Tokens of a unit, head dim, channels of a value group: one group, two, and several in a half.
+SHAPES = [(64, 64, 64), (64, 80, 40), (32, 96, 24), (128, 128, 128), (16, 256, 64)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("S", "D"), [(64, 64), (128, 80), (64, 96), (64, 128), (64, 256)])
+@pytest.mark.parametrize(("T", "D", "channels"), SHAPES)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_kernel_equals_the_definition(bits, S, D, dtype, device):
-    keys, values = numbers(S, D, dtype, device)
-    found, expected = (quantize_kv(keys, values, bits, backend=name) for name in ("triton", "torch"))
-    assert found.bits == bits
-    for name in ("key_scale", "key_zero", "value_scale", "value_zero"):
-        assert torch.equal(getattr(found, name), getattr(expected, name)), name
-    for name in ("key_codes", "value_codes"):
-        codes, others = (unpack(getattr(store, name), bits).int() for store in (found, expected))
-        apart = (codes - others).abs()
+def test_the_kernels_equal_the_definition(bits, T, D, channels, dtype, device):
+    keys, values = numbers(2 * T, D, dtype, device)
+    found, expected = (quantize_kv(keys, values, bits, T, channels, backend=name) for name in ("triton", "torch"))
+    for name, ours in found.items():
+        assert ours.shape == expected[name].shape, name
+        if not name.endswith("codes"):
+            assert torch.equal(ours, expected[name]), name
+            continue
+        apart = (unpack(ours, bits).int() - unpack(expected[name], bits).int()).abs()
         assert apart.max() <= 1, f"{name}: {apart.max()} apart"
         # Only where a number lies halfway between two codes.
         assert (apart > 0).float().mean() < 0.002, f"{name}: {(apart > 0).float().mean():.3g} differ"
-    for exact, back, scale in zip(
-        (keys, values),
-        dequantize_kv(found, torch.float32),
-        (found.key_scale.repeat_interleave(64, 2), found.value_scale.repeat_interleave(D // 2, 3)),
-    ):
-        error = (back - exact.float()).abs() / scale.float()
+    key_steps = found["key_scale"].repeat_interleave(T, 2)
+    value_steps = found["value_scale"].flatten(2, 3).repeat_interleave(channels, 3)
+    for exact, back, steps in zip((keys, values), decode(found, bits, torch.float32), (key_steps, value_steps)):
+        error = (back - exact.float()).abs() / steps.float()
         # Numbers of 5 in steps of 3e-5 are themselves only known to a hundredth of a step.
         assert error.max() < 0.52, f"steps: max {error.max()}, mean {error.mean()}"
 
@@ -46,28 +49,45 @@ def test_the_kernel_equals_the_definition(bits, S, D, dtype, device):
 def test_a_group_of_a_single_number_comes_back_exactly(device):
     keys, values = torch.full((2, 1, 1, 64, 64), 0.5, device=device).unbind(0)
     for backend in ("torch", "triton"):
-        for back in dequantize_kv(quantize_kv(keys, values, 4, backend=backend), torch.float32):
+        for back in decode(quantize_kv(keys, values, 4, 64, 64, backend=backend), 4, torch.float32):
             assert torch.equal(back, keys)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_scale_or_zero_tells_of_numbers_that_are_not_finite(backend, bad, device):
+@pytest.mark.parametrize("channels", [64, 32])
+def test_scale_or_zero_tells_of_numbers_that_are_not_finite(channels, backend, bad, device):
     keys, values = numbers(64, 64, torch.float32, device)
     keys[1, 0, 5, 40] = bad
     values[0, 0, 63, 3] = bad
-    store = quantize_kv(keys, values, 8, backend=backend)
-    keys_finite = store.key_scale.isfinite() & store.key_zero.isfinite()
+    codes = quantize_kv(keys, values, 8, 64, channels, backend=backend)
+    keys_finite, values_finite = (
+        codes[f"{kind}_scale"].isfinite() & codes[f"{kind}_zero"].isfinite() for kind in ("key", "value")
+    )
     assert (~keys_finite).nonzero().tolist() == [[1, 0, 0, 40]]
-    values_finite = store.value_scale.isfinite() & store.value_zero.isfinite()
-    assert (~values_finite).nonzero().tolist() == [[0, 0, 63, 0]]
+    assert (~values_finite).nonzero().tolist() == [[0, 0, 0, 63, 0]]
 
 
 def test_numbers_within_larger_buffers_are_read_in_place(device):
     keys, values = numbers(192, 64, torch.float16, device)
-    found = quantize_kv(keys[:, :, 64:128], values.transpose(1, 2)[:, 64:128].transpose(1, 2), 4, backend="triton")
-    expected = quantize_kv(keys[:, :, 64:128].clone(), values[:, :, 64:128].clone(), 4, backend="triton")
-    assert all(torch.equal(x, y) for x, y in zip(found, expected))
+    within = keys[:, :, 64:128], values.transpose(1, 2)[:, 64:128].transpose(1, 2)
+    found, expected = (
+        quantize_kv(*x, 4, 64, 32, backend="triton") for x in (within, [part.clone() for part in within])
+    )
+    assert all(torch.equal(x, expected[name]) for name, x in found.items())
+
+
+def test_values_of_other_channels_than_keys(device):
+    keys, values = numbers(64, 64, torch.float32, device)[0], numbers(64, 96, torch.float32, device)[1]
+    found, expected = (quantize_kv(keys, values, 4, 32, 24, backend=name) for name in ("triton", "torch"))
+    for name, x in found.items():
+        assert x.shape == expected[name].shape and (x != expected[name]).float().mean() < 0.002, name
+
+
+def test_groups_across_the_halves_of_a_token_have_no_kernel(device):
+    keys, values = numbers(64, 96, torch.float32, device)
+    with pytest.raises(ValueError, match="no kernel for 3 groups of 96 channels"):
+        quantize_kv(keys, values, 8, 64, 32, backend="triton")
 
 
 @pytest.mark.parametrize("towards", [torch.inf, -torch.inf])

@@ -9,6 +9,7 @@ from pikv_kernels.rms_norm import rms_norm, rms_norm_reference
 from pikv_kernels.rotary import rotate, rotate_reference
 from pikv_kernels.swiglu_experts import swiglu_experts, swiglu_experts_reference
 
+pytestmark = pytest.mark.usefixtures("nan_memory")
 DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
 
 

@@ -79,14 +79,19 @@ def test_all_codes_become_their_numbers(bits, kind):
     dtype = torch.float16 if kind == "KEYS" else torch.bfloat16
     first, second = WORDS, WORDS.flip(0)  # two neighbours of a register
     low = first | second << 16
-    # At 8 bits the second input holds the upper half's channels: other bytes, in another order.
-    high = WORDS.roll(12345) | WORDS.roll(777) << 16
-    found = run(program, [low] if bits == 4 else [low, high], 4)
     if bits == 4:
+        found = run(program, [low], 4)
         expected = [torch.stack(pair, -1) for pair in zip(centred(first, 4), centred(second, 4))]
+    elif kind == "KEYS":
+        found = run(program, [low], 2)
+        expected = [torch.stack(pair, -1) for pair in zip(centred(first, 8), centred(second, 8))]
     else:
-        a, b, c, d = (centred(words, 8) for words in (first, second, WORDS.roll(12345), WORDS.roll(777)))
+        # The second input holds the upper half's channels: other bytes, in another order.
+        others = WORDS.roll(12345), WORDS.roll(777)
+        found = run(program, [low, others[0] | others[1] << 16], 4)
+        a, b, c, d = (centred(words, 8) for words in (first, second, *others))
         expected = [torch.stack(pair, -1) for pair in ((a[0], b[0]), (c[0], d[0]), (a[1], b[1]), (c[1], d[1]))]
+    assert len(found) == len(expected)
     for quarter, (words, codes) in enumerate(zip(found, expected)):
         assert torch.equal(halves(words, dtype), codes.double()), f"quarter {quarter}"
 

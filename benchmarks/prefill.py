@@ -170,10 +170,11 @@ def markdown(found: dict[str, Any]) -> str:
         "# A prompt on a CPU",
         "",
         f"Made by `benchmarks/prefill.py` on {found['machine']}, commit {found['commit'][:12]}: "
-        f"{found['num_tokens']:,} tokens through a random llama of 4 layers, hidden 256, 8/{found['num_kv_heads']} heads "
-        f"of 32, float32, {found['threads']} thread(s); medians of {found['clock']} in {found['rounds']} rounds of all "
-        f"methods in turn, and medians and quartiles of what each took over its peers in the same round. Policies at a budget of "
-        f"{BUDGET:.0%}, DuoAttention at {DUO['budget']:.0%} with random gates.",
+        f"{found['num_tokens']:,} tokens through a random llama of 4 layers, hidden 256, "
+        f"8/{found['num_kv_heads']} heads of 32, float32, {found['threads']} thread(s); medians of {found['clock']} in "
+        f"{found['rounds']} rounds of all methods in turn, and medians and quartiles of what each took over its peers "
+        f"in the same round. Policies at a budget of {BUDGET:.0%}, DuoAttention at {DUO['budget']:.0%} with random "
+        "gates.",
         "",
         "| cache | ms | over transformers' | over full | of it dropping and encoding, ms | held | at most |",
         "|---|---|---|---|---|---|---|",

@@ -69,6 +69,12 @@ class Rows:
     def is_last(self) -> bool:
         return self.num_after == 0
 
+    def column_sums(self) -> torch.Tensor:
+        """Return [B,G,S]: what these queries give each token, summed over them and averaged over a group's heads."""
+        by_row = self.probs.flatten(2, 3)
+        share = by_row.new_full((1, 1, 1, by_row.shape[2]), 1 / self.probs.shape[2])
+        return (share @ by_row)[:, :, 0]
+
     def newest(self, num_queries: int) -> Rows | None:
         """Return the part that is among the newest `num_queries` of the step, as if they alone were observed."""
         num_left = self.probs.shape[3] + self.num_after

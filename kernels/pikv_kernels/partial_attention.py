@@ -53,6 +53,7 @@ def partial_attention(
 def causal_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
     """Attend query [B,H,T,D] over the same T tokens' keys and values [B,G,T,D], each over itself and before."""
     groups = query.shape[1] // keys.shape[1]
-    if groups > 1:
+    by_group = groups > 1 and query.device.type == "cpu"  # elsewhere only some of SDPA's kernels know of groups
+    if groups > 1 and not by_group:
         keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
-    return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale)
+    return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=by_group)

@@ -17,6 +17,7 @@ from pikv_core.cache.chunks import attend_in_chunks
 from pikv_core.cache.eviction import Room, evict
 from pikv_core.cache.newest import Read, attend_newest
 from pikv_core.cache.page_bounds import PageBounds
+from pikv_core.cache.reach import Reach
 from pikv_core.cache.recording import CHUNK_QUERIES, Recorded
 from pikv_core.cache.store import Store
 from pikv_core.compression.base import Codec
@@ -151,24 +152,29 @@ class Lane:
         sinks: torch.Tensor | None,
         watchers: Sequence[Observer],
         capacity: Callable[[], int],
+        reach: Reach | None = None,
     ) -> torch.Tensor:
         """Attend query [B,H,T,D] at `position` [B,T] and show the watchers; return [B,H,T,D].
 
-        sinks: logits [B|1,G,R]. capacity: tells the budget in tokens, which a selector reads under.
+        sinks: logits [B|1,G,R]. capacity: tells the budget in tokens, which a selector reads under. reach: how far a
+        prompt's queries see, None for all the way.
         """
         T = query.shape[2]
         num_shown = max((watcher.observes for watcher in watchers), default=0)
         if T == 1 and not self.plan.rerotate:
-            newest = [self._read(store, query, position, capacity, num_shown > 0) for store in self.stores]
+            shown = num_shown > 0
+            newest = [self._read(store, query, position, capacity, shown, reach) for store in self.stores]
 
             def show_newest(probs: list[torch.Tensor], num_visible: torch.Tensor) -> None:
                 self._show(watchers, position, slice(0, 1), 1, probs, num_visible)
 
-            return attend_newest(query, newest, scale, softcap, sinks, show_newest if num_shown else None)
+            return attend_newest(query, newest, scale, softcap, sinks, show_newest if shown else None)
         special = softcap is not None or sinks is not None
         is_prompt = T == self.num_slots and T > 1 and self.plan.window is None and not self.has_empty
-        if is_prompt and not special:
+        if is_prompt and not special and not (reach is not None and num_shown):
             keys, values = self.tail.decoded()
+            if reach is not None:
+                return reach.attend(query, keys, values, scale)
             if not num_shown:
                 return causal_attention(query, keys, values, scale)
             return prefill_rows(
@@ -188,7 +194,7 @@ class Lane:
         only_new = self.in_order and T == self.num_slots
 
         def visible_until(store: Store, new: slice) -> torch.Tensor:
-            seen = self._visible(store, position[:, new])
+            seen = self._visible(store, position[:, new], reach)
             return seen[..., : new.stop] if only_new else seen
 
         def show(new: slice, probs: list[torch.Tensor], num_visible: torch.Tensor) -> None:
@@ -252,25 +258,33 @@ class Lane:
                 if seen is not None and held.keys() >= {*watcher.columns}:
                     watcher.observe({name: held[name] for name in watcher.columns}, seen)
 
-    def _visible(self, store: Store, position: torch.Tensor) -> torch.Tensor:
+    def _visible(self, store: Store, position: torch.Tensor, reach: Reach | None = None) -> torch.Tensor:
         """Return bool [B,1|G,T,S]: which slots the queries at `position` [B,T] may see."""
         held = store.position
         if self.in_order:
             held = held[:, :1]  # the heads agree
         ahead = position[:, None, :, None] - held[:, :, None, :]
         visible = (held >= 0)[:, :, None] & (ahead >= 0)
+        if reach is not None:
+            visible = visible & reach.visible(position, held)
         return visible if self.plan.window is None else visible & (ahead < self.plan.window)
 
     def _read(
-        self, store: Store, query: torch.Tensor, position: torch.Tensor, capacity: Callable[[], int], shown: bool
+        self,
+        store: Store,
+        query: torch.Tensor,
+        position: torch.Tensor,
+        capacity: Callable[[], int],
+        shown: bool,
+        reach: Reach | None,
     ) -> Read:
         """Return what a single query reads of a store: the selector's pages of it, or all."""
         pages = self._pages(store, query, capacity)
         if pages is not None and shown:  # rows are of whole stores
             store, pages = store.pages(pages, self.plan.page), None
             return Read(store, (store.position >= 0)[:, :, None])
-        masked = self.has_empty or self.plan.window is not None
-        return Read(store, self._visible(store, position) if masked else None, pages, self.plan.page)
+        masked = self.has_empty or self.plan.window is not None or reach is not None
+        return Read(store, self._visible(store, position, reach) if masked else None, pages, self.plan.page)
 
     def _pages(self, store: Store, query: torch.Tensor, capacity: Callable[[], int]) -> torch.Tensor | None:
         """Return the pages [B,G,K] of a store that a single query reads, None for all of it."""

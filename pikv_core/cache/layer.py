@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 from pikv_core.cache.budget import Budget, Shape
 from pikv_core.cache.head_budgets import HeadBudgets
 from pikv_core.cache.lane import Lane, LayerPlan
+from pikv_core.cache.reach import Reach
 from pikv_core.cache.recording import Recorded, Recorder
 from pikv_core.cache.seen import Seen
 from pikv_core.cache.store import EMPTY
@@ -229,7 +230,7 @@ class CacheLayer(CacheLayerMixin):
         keys, values, position, is_prompt = self._take(is_token)
         if self.evictor is not None and self.evictor.sees_queries and is_prompt:
             self.evictor.observe_queries(query, position, self.run)
-        watchers = self._watchers(is_prompt)
+        watchers, reach = self._watchers(is_prompt), self._reach(is_prompt)
         by_group = None if sinks is None else sinks.view(1, self._shape.num_kv_heads, -1)
         output = (
             query if self.lanes[0].pairs is None else torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -241,10 +242,11 @@ class CacheLayer(CacheLayerMixin):
             own = by_group
             if by_group is not None and lane.pairs is not None:
                 own = by_group[0, lane.head[:, 0].to(by_group.device)][:, None]
-            attended = lane.attend(lane.of_heads(query), rows, scale, softcap, own, watchers, self._read_tokens)
+            far = None if reach is None else reach.of(lane.of_heads)
+            attended = lane.attend(lane.of_heads(query), rows, scale, softcap, own, watchers, self._read_tokens, far)
             if self.recorder is not None:  # apart from the output, which stays the same to the bit
                 self.recorder.take(self.index, keys, query)
-                lane.attend(query, rows, scale, softcap, own, [self.recorder], self._read_tokens)
+                lane.attend(query, rows, scale, softcap, own, [self.recorder], self._read_tokens, far)
             if lane.pairs is None:
                 output = attended
             else:
@@ -345,6 +347,13 @@ class CacheLayer(CacheLayerMixin):
             watchers += [self.allocation] if is_prompt and not self.looking else []
         watchers += [] if self.looking else [self.plan.codec]
         return [watcher for watcher in watchers if watcher.observes]
+
+    def _reach(self, is_prompt: bool) -> Reach | None:
+        """Return how far this step's queries see, None for as far as there are tokens."""
+        if self.evictor is None or not is_prompt:
+            return None
+        limits = self.evictor.prompt_reach(self.budgets.tokens(self.num_seen), self.run)
+        return None if limits is None else Reach(*limits)
 
     def compress(self) -> None:
         """Drop what is over budget and encode what has left the newest tokens; ends a `hold`."""

@@ -33,27 +33,24 @@ class PageBounds:
 
     def append(self, keys: torch.Tensor, is_token: torch.Tensor | None) -> None:
         """Take in keys [B,G,T,D] of the next T slots; `is_token` bool [B,G,T] marks padding, None for none."""
-        B, G, T, D = keys.shape
-        low, high = keys, keys
+        keys = keys.detach()
+        T, low, high = keys.shape[2], keys, keys
         if is_token is not None:
             low = keys.masked_fill(~is_token[..., None], _most(keys))
             high = keys.masked_fill(~is_token[..., None], -_most(keys))
-        first = self.num_slots // self.page_tokens
-        pages = -(-(self.num_slots + T) // self.page_tokens)
-        self._grow(pages, keys)
+        self._grow(-(-(self.num_slots + T) // self.page_tokens), keys)
         assert self._bounds is not None
-        if T == 1:
-            lowest, highest = self._bounds[:, :, :, first:pages].unbind(0)
-            lowest.copy_(lowest.minimum(low))
-            highest.copy_(highest.maximum(high))
-            self.num_slots += 1
-            return
-        page = torch.arange(self.num_slots, self.num_slots + T, device=keys.device) // self.page_tokens - first
-        index = page[:, None].expand(B, G, T, D)
-        changed = self._bounds[:, :, :, first:pages]
-        changed[0].scatter_reduce_(2, index, low, "amin")
-        changed[1].scatter_reduce_(2, index, high, "amax")
-        self.num_slots += T
+        done = 0
+        while done < T:  # what a broken page has room for, all whole pages at once, and what is left
+            page, slot = divmod(self.num_slots, self.page_tokens)
+            whole = 0 if slot else (T - done) // self.page_tokens
+            end = done + (whole * self.page_tokens or min(T - done, self.page_tokens - slot))
+            pages = (max(1, whole), -1)
+            lowest, highest = self._bounds[:, :, :, page : page + pages[0]].unbind(0)
+            lowest.copy_(lowest.minimum(low[:, :, done:end].unflatten(2, pages).amin(3)))
+            highest.copy_(highest.maximum(high[:, :, done:end].unflatten(2, pages).amax(3)))
+            self.num_slots += end - done
+            done = end
 
     def rewind(self, keys: torch.Tensor, is_token: torch.Tensor | None, num_slots: int) -> None:
         """Go back to `num_slots` slots, given the keys [B,G,T,D] that remain in the last, broken page."""

@@ -244,9 +244,11 @@ class Store:
 
 
 def _take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Gather rows [B,G,K] of x [B,G,R,...] into a tensor of its own."""
-    index = rows.view(*rows.shape, *[1] * (x.dim() - 3)).expand(*rows.shape, *x.shape[3:])
-    return x.gather(2, index)
+    """Gather rows [B,G,K] of x [B,G,R,...] into a tensor of its own, by one flat index."""
+    B, G, R = x.shape[:3]
+    heads = torch.arange(B * G, device=x.device).view(B, G, 1) * R
+    flat = x.view(B * G * R, *x.shape[3:])
+    return flat.index_select(0, (heads + rows).flatten()).view(B, G, -1, *x.shape[3:])
 
 
 def _pairs(x: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:

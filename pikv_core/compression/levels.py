@@ -55,7 +55,7 @@ class Levels(Codec):
         return level_bits(self.num_levels, self.decay, self.compression_ratio)
 
     def observe(self, columns: Mapping[str, torch.Tensor], rows: Rows) -> None:
-        columns["importance"].add_(rows.probs.sum(dim=(2, 3)), alpha=1 / rows.probs.shape[2])
+        columns["importance"].add_(rows.column_sums())
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> dict[str, torch.Tensor]:
         shape = (-1, self.num_levels, BLOCK_TOKENS)

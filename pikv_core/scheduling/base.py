@@ -90,6 +90,14 @@ class Evictor(Policy, Observer, ABC):
         """
         return None
 
+    def prompt_reach(self, capacity: torch.Tensor, layer: LayerRun) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return how far a prompt's queries see, where the policy limits it and not only what stays of the prompt.
+
+        That is how many first tokens of the sequence, and how many newest, the query's own included, [B,G] each, given
+        the tokens [B,G] that may stay after the prompt. None for all tokens.
+        """
+        return None
+
     def observe_queries(self, query: torch.Tensor, position: torch.Tensor, layer: LayerRun) -> None:
         """Learn from the queries [B,H,T,D] of a prompt at `position` [B,T] (-1: padding), rotated as attention does."""
         raise NotImplementedError(f"{type(self).__name__} declares sees_queries but does not observe them")

@@ -27,15 +27,19 @@ class DuoAttention(Evictor):
     A streaming head keeps the first `sinks` tokens and the newest `recent`, and a share of what the budget leaves over
     as more of the newest. Where the budget is too small even with all heads streaming, both shrink in proportion. The
     gates [L,G] in 0..1 are learnt (`LayerRun.fitted`).
+
+    streaming_prefill: a prompt's queries see no more in a streaming head than what it keeps after the prompt, each its
+    own newest tokens. This is what the paper deploys; it saves time, T·(sinks + recent) instead of T²/2, and changes
+    the prompt's output. Without it prompts attend to everything and are dropped from afterwards.
     """
 
     calibrated: ClassVar[bool] = True
     sinks: Annotated[int, Field(ge=0)] = 64
     recent: Annotated[int, Field(ge=1)] = 256
+    streaming_prefill: bool = False
 
     def score(self, tokens: Tokens) -> torch.Tensor:
-        in_proportion = tokens.capacity * self.sinks // (self.sinks + self.recent)
-        num_sinks = in_proportion.clamp(max=self.sinks)
+        num_sinks = self._num_sinks(tokens.capacity)
         is_sink = tokens.position < num_sinks[..., None]
         return tokens.position.float().masked_fill(is_sink, float("inf"))
 
@@ -57,6 +61,16 @@ class DuoAttention(Evictor):
         streaming = share[:, None] + (rank < rest[:, None])
         by_head = streaming.where(streams, seen[:, None])
         return by_head.view(len(mean), *gates.shape)[:, layer.index]
+
+    def prompt_reach(self, capacity: torch.Tensor, layer: LayerRun) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if not self.streaming_prefill:
+            return None
+        num_sinks = self._num_sinks(capacity)
+        return num_sinks, capacity - num_sinks
+
+    def _num_sinks(self, capacity: torch.Tensor) -> torch.Tensor:
+        in_proportion = capacity * self.sinks // (self.sinks + self.recent)
+        return in_proportion.clamp(max=self.sinks)
 
     def _gates(self, layer: LayerRun) -> torch.Tensor:
         gates = layer.fitted["gates"]

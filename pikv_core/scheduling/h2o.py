@@ -33,7 +33,7 @@ class H2O(Evictor):
         return ALL
 
     def observe(self, columns: Mapping[str, torch.Tensor], rows: Rows) -> None:
-        columns["mass"].add_(rows.probs.sum(dim=(2, 3)), alpha=1 / rows.probs.shape[2])
+        columns["mass"].add_(rows.column_sums())
 
     def score(self, tokens: Tokens) -> torch.Tensor:
         num_recent = tokens.capacity - (tokens.capacity * self.heavy_share).long()

@@ -31,7 +31,7 @@ class Oracle(Evictor):
         return ALL
 
     def observe(self, columns: Mapping[str, torch.Tensor], rows: Rows) -> None:
-        columns["future"].add_(rows.probs.flatten(2, 3).sum(dim=2), alpha=1 / rows.probs.shape[2])
+        columns["future"].add_(rows.column_sums())
 
     def score(self, tokens: Tokens) -> torch.Tensor:
         return tokens.columns["future"]

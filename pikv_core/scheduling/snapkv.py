@@ -38,7 +38,7 @@ class SnapKV(Evictor):
     def observe(self, columns: Mapping[str, torch.Tensor], rows: Rows) -> None:
         if rows.is_first:
             columns["votes"].zero_()
-        columns["votes"].add_(rows.probs.mean(dim=2).sum(dim=2))
+        columns["votes"].add_(rows.column_sums())
 
     def score(self, tokens: Tokens) -> torch.Tensor:
         import torch

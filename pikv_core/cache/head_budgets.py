@@ -24,7 +24,7 @@ class HeadBudgets:
     ):
         self.budget, self._allocation, self._evictor = budget, allocation, evictor
         self._window, self._run = window, run
-        self._head_share: torch.Tensor | None = None  # [B,G]: of the layer's tokens per head
+        self.head_share: torch.Tensor | None = None  # [B,G]: of the layer's tokens per head
 
     def most(self, num_seen: torch.Tensor) -> torch.Tensor:
         """Return how many tokens [B,G] there are to hold after `num_seen` [B]."""
@@ -40,8 +40,8 @@ class HeadBudgets:
             mean = torch.minimum(mean, whole[:, 0])
             by_layer = self._allocation.layers(mean, whole[:, 0], self._run.num_layers, self._run.shared)
             own = by_layer[:, self._run.index, None].expand(-1, self._run.num_kv_heads)
-        if self._head_share is not None:
-            own = (own * self._head_share + 1e-6).long()
+        if self.head_share is not None:
+            own = (own * self.head_share + 1e-6).long()
         return torch.minimum(own.clamp(min=1), whole)
 
     def part(self, score: torch.Tensor, capacity: torch.Tensor) -> torch.Tensor:
@@ -49,13 +49,13 @@ class HeadBudgets:
 
         score: the evictor's [B,G,S]. capacity [B,G]: what `tokens` told.
         """
-        if not self._allocation.splits_heads or self._head_share is not None:
+        if not self._allocation.splits_heads or self.head_share is not None:
             return capacity
         heads = self._allocation.heads(score, capacity[:, 0].to(score.device)).cpu()
-        self._head_share = (heads.double() / capacity[:, :1].double()).nan_to_num(1.0)  # a row may be padding alone
+        self.head_share = (heads.double() / capacity[:, :1].double()).nan_to_num(1.0)  # a row may be padding alone
         return heads
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Reorder, repeat or drop rows of the batch."""
-        if self._head_share is not None:
-            self._head_share = self._head_share[rows]
+        if self.head_share is not None:
+            self.head_share = self.head_share[rows]

@@ -21,11 +21,15 @@ CHUNK_ELEMENTS = 2**22  # positions compared at a time
 
 @dataclass(frozen=True)
 class Change:
-    """facts: JSON values; tensors by name, copies on the CPU. whole: whether it stands without an earlier state."""
+    """facts: JSON values; tensors by name, copies on the CPU.
+
+    whole: whether it stands without an earlier state. only_adds: whether all that stood before still does.
+    """
 
     facts: dict[str, Any]
     tensors: dict[str, torch.Tensor]
     whole: bool
+    only_adds: bool
 
 
 class Changes:
@@ -33,23 +37,24 @@ class Changes:
 
     def __init__(self) -> None:
         self._columns: dict[str, dict[str, torch.Tensor]] = {}
-        self._num_pages: dict[str, int] = {}
+        self._num_rows: dict[str, int] = {}
         self._begun = False
 
     def since(self, now: Snapshot) -> Change:
         """Return the change since the last call, or all of it in the first."""
         tensors = {f"small/{name}": _copy(x) for name, x in now.small.items()}
-        facts: dict[str, Any] = {"cache": now.facts, "small": list(now.small), "slots": {}, "pages": {}}
+        facts: dict[str, Any] = {"cache": now.facts, "small": list(now.small), "slots": {}, "growing": {}}
         for name, slots in now.slots.items():
             facts["slots"][name], own = _of_slots(self._columns.get(name), slots)
             tensors |= {f"slots/{name}/{key}": _copy(x) for key, x in own.items()}
-        for name, bounds in now.pages.items():
-            first = max(0, min(self._num_pages.get(name, 0), bounds.shape[3]) - 1)  # the last one was still open
-            facts["pages"][name] = first
-            tensors[f"pages/{name}"] = _copy(bounds[:, :, :, first:])
-        change = Change(facts, tensors, not self._begun)
+        for name, x in now.growing.items():
+            first = max(0, min(self._num_rows.get(name, 0), x.shape[-2]) - 1)  # the last one was still open
+            facts["growing"][name] = first
+            tensors[f"growing/{name}"] = _copy(x[..., first:, :])
+        moved = any(name.endswith("/origin") for name in tensors)
+        change = Change(facts, tensors, not self._begun, self._begun and not moved)
         self._columns = {name: {key: x.clone() for key, x in slots.columns.items()} for name, slots in now.slots.items()}
-        self._num_pages = {name: bounds.shape[3] for name, bounds in now.pages.items()}
+        self._num_rows = {name: x.shape[-2] for name, x in now.growing.items()}
         self._begun = True
         return change
 
@@ -59,7 +64,7 @@ class Replay:
 
     def __init__(self) -> None:
         self._slots: dict[str, _Parts] = {}
-        self._pages: dict[str, torch.Tensor] = {}
+        self._growing: dict[str, torch.Tensor] = {}
         self._facts: dict[str, Any] = {}
         self._small: dict[str, torch.Tensor] = {}
 
@@ -74,15 +79,15 @@ class Replay:
             before = self._slots.get(name) if about["has_before"] else None
             slots[name] = (before or _Parts(about)).after(about, own)
         self._slots = slots
-        pages = {}
-        for name, first in facts["pages"].items():
-            new = tensors[f"pages/{name}"]
-            pages[name] = torch.cat([self._pages[name][:, :, :, :first], new], dim=3) if first else new
-        self._pages = pages
+        growing = {}
+        for name, first in facts["growing"].items():
+            new = tensors[f"growing/{name}"]
+            growing[name] = torch.cat([self._growing[name][..., :first, :], new], dim=-2) if first else new
+        self._growing = growing
 
     def snapshot(self) -> Snapshot:
         """Return what the cache held."""
-        return Snapshot(self._facts, self._small, {name: x.slots() for name, x in self._slots.items()}, self._pages)
+        return Snapshot(self._facts, self._small, {name: x.slots() for name, x in self._slots.items()}, self._growing)
 
 
 def _copy(x: torch.Tensor) -> torch.Tensor:
@@ -92,33 +97,39 @@ def _copy(x: torch.Tensor) -> torch.Tensor:
 def _of_slots(before: dict[str, torch.Tensor] | None, slots: Slots) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return the change of a store whose columns were `before`; new parts as [N,...], of one head after the other."""
     position, unit = slots.columns["position"], slots.unit
-    old = None if before is None else before["position"]
     B, G, S = position.shape
-    origin = _origin(old, position, unit)
-    num_old = 0 if old is None else old.shape[2] // unit
-    order = torch.arange(num_old, device=origin.device)
-    grows = S // unit >= num_old and bool((origin[:, :, :num_old] == order).all() and (origin[:, :, num_old:] < 0).all())
-    is_new = origin < 0
-    tensors = {} if grows else {"origin": origin}
-    tensors |= {f"codes/{name}": x[is_new] for name, x in slots.codes.items()}
-    whole = []
-    for name, column in slots.columns.items():
-        by_unit = column.unflatten(2, (-1, unit))
-        if old is not None and before is not None:
-            kept = _gathered(before[name].unflatten(2, (-1, unit)), origin) if name in before else None
-            if kept is None or not torch.equal(kept[~is_new], by_unit[~is_new]):
-                whole.append(name)
-        tensors[f"columns/{name}"] = by_unit if name in whole else by_unit[is_new]
     facts = {
         "shape": [B, G],
         "unit": unit,
         "dtype": str(slots.dtype).removeprefix("torch."),
-        "has_before": old is not None,
-        "whole": whole,
+        "has_before": before is not None,
         "codes": list(slots.codes),
         "columns": list(slots.columns),
     }
-    return facts, tensors
+    before = before or {"position": position[:, :, :0]}
+    old = before["position"]
+    num_old = old.shape[2]
+    tensors = {}
+    if S >= num_old and torch.equal(old, position[:, :, :num_old]):  # nothing has moved
+        new = {f"codes/{name}": x[:, :, num_old // unit :].flatten(0, 2) for name, x in slots.codes.items()}
+        kept = {name: (x, slots.columns[name][:, :, :num_old]) for name, x in before.items() if name in slots.columns}
+        later = {name: x[:, :, num_old:].reshape(-1, unit) for name, x in slots.columns.items()}
+    else:
+        origin = _origin(old, position, unit)
+        tensors["origin"] = origin
+        is_new = origin < 0
+        new = {f"codes/{name}": x[is_new] for name, x in slots.codes.items()}
+        by_unit = {name: x.unflatten(2, (-1, unit)) for name, x in slots.columns.items()}
+        from_before = {
+            name: _gathered(x.unflatten(2, (-1, unit)), origin) for name, x in before.items() if name in by_unit
+        }
+        kept = {name: (x[~is_new], by_unit[name][~is_new]) for name, x in from_before.items()}
+        later = {name: x[is_new] for name, x in by_unit.items()}
+    whole = [name for name in slots.columns if name not in kept or not torch.equal(*kept[name])]
+    tensors |= new
+    for name, x in later.items():
+        tensors[f"columns/{name}"] = slots.columns[name].unflatten(2, (-1, unit)) if name in whole else x
+    return {**facts, "whole": whole}, tensors
 
 
 def _gathered(x: torch.Tensor, origin: torch.Tensor) -> torch.Tensor:

@@ -25,14 +25,14 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, 
 class Snapshot:
     """What a cache holds. facts: JSON values; small: tensors that change as a whole; slots: of every store, by name.
 
-    pages: bounds [2,B,G,P,D] of the pages of a lane; only the last one of them can still change. Tensors may be views of
-    the cache's own.
+    growing: tensors that get longer in their last dimension but one, of whose rows only the last can still change: bounds
+    [2,B,G,P,D] of pages. Tensors may be views of the cache's own.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
     small: dict[str, torch.Tensor] = field(default_factory=dict)
     slots: dict[str, Slots] = field(default_factory=dict)
-    pages: dict[str, torch.Tensor] = field(default_factory=dict)
+    growing: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def take(cache: PiKVCache) -> Snapshot:
@@ -85,7 +85,7 @@ def _take_lane(lane: Lane, found: Snapshot, name: str) -> dict[str, Any]:
     facts: dict[str, Any] = {"has_empty": lane.has_empty, "in_order": lane.in_order}
     if lane.bounds is not None and lane.bounds.num_slots:
         facts["bounded_slots"] = lane.bounds.num_slots
-        found.pages[f"{name}.bounds"] = torch.stack([lane.bounds.lowest, lane.bounds.highest])
+        found.growing[f"{name}.bounds"] = torch.stack([lane.bounds.lowest, lane.bounds.highest])
     return facts
 
 
@@ -107,8 +107,8 @@ def _restore_layer(layer: CacheLayer, facts: Mapping[str, Any], found: Snapshot,
         for part, store in (("tail", lane.tail), ("body", lane.body)):
             if store is not None and f"{prefix}.{part}" in found.slots:
                 store.put(found.slots[f"{prefix}.{part}"].to(device))
-        if lane.bounds is not None and f"{prefix}.bounds" in found.pages:
-            lane.bounds.put(found.pages[f"{prefix}.bounds"].to(device), about["bounded_slots"])
+        if lane.bounds is not None and f"{prefix}.bounds" in found.growing:
+            lane.bounds.put(found.growing[f"{prefix}.bounds"].to(device), about["bounded_slots"])
         layer.lanes.append(lane)
     layer.set_scoring(facts["scoring"])
 

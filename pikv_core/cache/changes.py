@@ -53,7 +53,9 @@ class Changes:
             tensors[f"growing/{name}"] = _copy(x[..., first:, :])
         moved = any(name.endswith("/origin") for name in tensors)
         change = Change(facts, tensors, not self._begun, self._begun and not moved)
-        self._columns = {name: {key: x.clone() for key, x in slots.columns.items()} for name, slots in now.slots.items()}
+        self._columns = {
+            name: {key: x.clone() for key, x in slots.columns.items()} for name, slots in now.slots.items()
+        }
         self._num_rows = {name: x.shape[-2] for name, x in now.growing.items()}
         self._begun = True
         return change

@@ -33,6 +33,7 @@ def compress(
     calibration: Annotated[
         list[str], typer.Option(metavar="DIR", help="What --calibrate or `pikv train` fitted; repeatable.")
     ] = (),  # type: ignore[assignment]
+    backend: options.Backend = None,
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Fit the methods' codecs, measure nothing.")] = False,
     save: Annotated[str | None, typer.Option(metavar="DIR", help="Where --calibrate writes.")] = None,
     text: options.TextPaths = (),  # type: ignore[assignment]
@@ -50,6 +51,7 @@ def compress(
         "allocations": options.listed(allocation),
         "tasks": options.listed(tasks),
         "calibration": list(calibration),
+        "backend": backend,
         "calibrate": calibrate or None,
         "save": save,
         "text": list(text),

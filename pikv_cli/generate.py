@@ -22,6 +22,7 @@ def generate(
     calibration: Annotated[
         list[str], typer.Option(metavar="DIR", help="What was fitted to the model; repeatable.")
     ] = (),  # type: ignore[assignment]
+    backend: options.Backend = None,
     rerotate: Annotated[
         bool | None, typer.Option("--rerotate", help="Read kept keys at positions 0, 1, 2, ...")
     ] = None,
@@ -48,6 +49,7 @@ def generate(
         "cache.codec": codec,
         "cache.calibration": list(calibration),
         "cache.rerotate": rerotate,
+        "backend": backend,
         "prompt_file": prompt_file,
         "prompts": prompts,
         "batch_size": batch_size,

@@ -14,6 +14,9 @@ import typer
 
 from pikv_cli import output
 
+Backend = Annotated[
+    str | None, typer.Option(metavar="torch|numba|triton", help="What computes the attention of new tokens.")
+]
 TextPaths = Annotated[list[str], typer.Option("--text", metavar="PATH", help="Text files or folders of yours.")]
 
 

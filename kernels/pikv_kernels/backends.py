@@ -32,6 +32,10 @@ CPU_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 LEAST_NUMBERS = 2**15  # stored keys from which numba's kernels are faster; calling one takes 40 µs
 
 
+class BackendError(ValueError):
+    """Tell that a forced backend is unknown or cannot run there."""
+
+
 class Choice(NamedTuple):
     """The backend of an operation on one kind of device and dtype, and the reason."""
 
@@ -49,7 +53,7 @@ _newest_forced: str | None = None
 def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
     """Return the backend for an operation over a tensor; `backend` forces one.
 
-    Raises ValueError where the forced one is unknown or cannot run there.
+    Raises BackendError where the forced one is unknown or cannot run there.
     """
     key = (op, tensor.device.type, tensor.dtype, backend)
     if key not in _choices:
@@ -61,7 +65,7 @@ def choose(op: str, tensor: torch.Tensor, backend: str | None = None) -> str:
 def choose_for_newest(op: str, query: torch.Tensor, stored: torch.Tensor, backend: str | None = None) -> str:
     """Return "numba" or "torch" for the query of one new token over `stored` keys or what stands for them.
 
-    Raises ValueError where the forced backend cannot run there.
+    Raises BackendError where the forced backend cannot run there.
     """
     backend = backend or _newest_forced
     is_small = stored.numel() < LEAST_NUMBERS
@@ -84,6 +88,17 @@ def forced(backend: str) -> Iterator[None]:
         _newest_forced = before
 
 
+def newest_forced() -> str | None:
+    """Return the backend that is forced for the attention of new tokens, None where it is chosen."""
+    return _newest_forced
+
+
+def refuse_forced(what: str) -> None:
+    """Raise BackendError where a kernel is forced for `what`, which has none, such as "codec 'fp8'"."""
+    if _newest_forced not in (None, "torch"):
+        raise BackendError(f"backend '{_newest_forced}': no kernel for {what}")
+
+
 def backend_report() -> list[Choice]:
     """Return what was chosen so far, in the order of the first calls."""
     return list(_choices.values())
@@ -91,12 +106,12 @@ def backend_report() -> list[Choice]:
 
 def _decide(device: str, backend: str | None) -> tuple[str, str]:
     if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"unknown backend '{backend}', known: {', '.join(BACKENDS)}")
+        raise BackendError(f"unknown backend '{backend}', known: {', '.join(BACKENDS)}")
     if backend == "triton":
         if triton is None:
-            raise ValueError("backend 'triton' needs the package triton, which is not installed")
+            raise BackendError("backend 'triton' needs the package triton, which is not installed")
         if device != "cuda" and not INTERPRETED:
-            raise ValueError(f"backend 'triton' needs a GPU, the tensors are on '{device}'")
+            raise BackendError(f"backend 'triton' needs a GPU, the tensors are on '{device}'")
         return backend, "forced, run by Triton's interpreter" if INTERPRETED else "forced"
     if backend == "torch":
         return backend, "forced"
@@ -109,7 +124,7 @@ def _decide(device: str, backend: str | None) -> tuple[str, str]:
 
 def _decide_newest(stored: torch.Tensor, backend: str | None, is_small: bool, learns: bool) -> tuple[str, str]:
     if backend not in (None, "torch", "numba"):
-        raise ValueError(f"backend '{backend}' does not attend with one new token, known: torch, numba")
+        raise BackendError(f"backend '{backend}' does not attend with one new token, known: torch, numba")
     reason = None
     if stored.device.type != "cpu":
         reason = f"no kernel for device '{stored.device.type}'"
@@ -122,5 +137,5 @@ def _decide_newest(stored: torch.Tensor, backend: str | None, is_small: bool, le
     if backend is None and (reason or is_small):
         return "torch", reason or "too few tokens for a kernel to pay"
     if reason:
-        raise ValueError(f"backend 'numba': {reason}")
+        raise BackendError(f"backend 'numba': {reason}")
     return "numba", "forced" if backend else "a CPU and one new token"

@@ -14,9 +14,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from pikv_core.cache.backend import OTHER_BACKEND
 from pikv_core.cache.layer import CacheLayer
 from pikv_core.errors import PiKVError
-from pikv_kernels.backends import backend_report
+from pikv_kernels.backends import BackendError, backend_report
 
 ENTRY = "pikv"
 
@@ -65,7 +66,10 @@ def pikv_attention(
         raise PiKVError("a 4-D attention mask cannot follow evictions", hint="give a mask [B, T] of ones and zeros")
     is_token = None if attention_mask is None else attention_mask.is_token(query.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = key.attend(query, scale, is_token, kwargs.get("softcap"), kwargs.get("s_aux"))
+    try:
+        output = key.attend(query, scale, is_token, kwargs.get("softcap"), kwargs.get("s_aux"))
+    except BackendError as error:
+        raise PiKVError(str(error), hint=OTHER_BACKEND) from error
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from pikv_core import recipes
 from pikv_core.cache import by_hand
 from pikv_core.cache.attention import ENTRY
+from pikv_core.cache.backend import check_forced
 from pikv_core.cache.budget import Budget, Shape
 from pikv_core.cache.layer import CacheLayer
 from pikv_core.cache.recording import Recorder
@@ -22,6 +23,7 @@ from pikv_core.cache.support import check_layers, check_recipe, windows
 from pikv_core.components import Component, build
 from pikv_core.compression import CODECS
 from pikv_core.compression.base import Codec
+from pikv_core.compression.none import Plain
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.observation import LayerRun
 from pikv_core.registry import Registry
@@ -108,12 +110,22 @@ class PiKVCache(Cache):
     def in_tokens(cls, model: PreTrainedModel, recipe: CacheRecipe) -> CacheRecipe:
         """Return the recipe with a budget in bytes turned into the tokens per head it is for one sequence."""
         cache = cls.for_model(model, recipe)
+        _, budget = cache._bind(0, cache._shape_for(model))
+        return recipe.model_copy(update={"budget": budget.value})
+
+    def check_backend(self, model: PreTrainedModel) -> None:
+        """Raise UsageError where the backend that is forced (`attending_by`) has no kernel for codec or dtype."""
+        shape = self._shape_for(model)
+        codecs = {id(codec): codec for codec, _ in (self._bind(index, shape) for index in range(len(self.layers)))}
+        heads = model.config.get_text_config(decoder=True).num_attention_heads
+        check_forced([Plain(), *codecs.values()], heads, shape, model.device)
+
+    def _shape_for(self, model: PreTrainedModel) -> Shape:
+        """Return the sizes of one sequence of the model."""
         text = model.config.get_text_config(decoder=True)
         heads = text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-        kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        _, budget = cache._bind(0, Shape(len(cache.layers), 1, kv_heads, head_dim, model.dtype))
-        return recipe.model_copy(update={"budget": budget.value})
+        return Shape(len(self.layers), 1, getattr(text, "num_key_value_heads", None) or heads, head_dim, model.dtype)
 
     def attach(self, model: PreTrainedModel) -> PiKVCache:
         """Make `model` attend through this cache's entry, and return the cache.

@@ -90,12 +90,16 @@ class Codec(Observer, ABC):
     ) -> Partial:
         """Attend query [B,G,Q,D] over all encoded tokens, `visible` [B,1|G,1|Q,N] or None; see `partial_attention`.
 
-        On a CPU some units at a time, so that what is decoded stays in its caches.
+        On a CPU some units at a time, so that what is decoded stays in its caches. Raises BackendError where a kernel
+        is forced for one new token: there is none.
         """
 
+        from pikv_kernels.backends import refuse_forced
         from pikv_kernels.merge_partials import join_partials
         from pikv_kernels.partial_attention import partial_attention
 
+        if visible is None or visible.shape[2] == 1:  # the query of one new token
+            refuse_forced(f"codec '{self.name}'")
         N, unit = position.shape[2], self.unit_tokens
         at_once = max(1, CHUNK_TOKENS // unit) * unit if query.device.type == "cpu" and unit > 1 else N
         parts = []

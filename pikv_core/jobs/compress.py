@@ -54,6 +54,14 @@ def run(recipe: CompressRecipe, run: Run) -> CompressResult | None:
     cells = expand(recipe)
     find_model(recipe.model)
 
+    from pikv_core.cache.backend import attending_by
+    from pikv_core.model.loading import device_of
+
+    with attending_by(recipe.backend, device_of(recipe)):
+        return _measure(recipe, run, cells)
+
+
+def _measure(recipe: CompressRecipe, run: Run, cells: Sequence[Cell]) -> CompressResult | None:
     from pikv_core.evaluation.measure import measure
     from pikv_core.evaluation.workload import Workload
     from pikv_core.model.loading import load_model
@@ -106,7 +114,7 @@ def _check(cells: Sequence[Cell], loaded: LoadedModel) -> None:
     errors: list[PiKVError] = []
     for cell in cells:
         try:
-            PiKVCache.in_tokens(loaded.model, cell.cache)
+            loaded.new_cache(PiKVCache.in_tokens(loaded.model, cell.cache))
         except PiKVError as error:
             errors.append(error)
             if cell.is_full:

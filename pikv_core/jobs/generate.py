@@ -51,6 +51,14 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
     if recipe.record_attention is not None:
         _check_place(recipe.record_attention, recipe.prompt_file)
 
+    from pikv_core.cache.backend import attending_by
+    from pikv_core.model.loading import device_of
+
+    with attending_by(recipe.backend, device_of(recipe)):
+        return _generate(recipe, run, prompts)
+
+
+def _generate(recipe: GenerateRecipe, run: Run, prompts: list[str]) -> GenerateResult:
     from pikv_core.jobs.record_attention import Recording
     from pikv_core.model.generation import as_chat, generate_batch
     from pikv_core.model.loading import load_model

@@ -13,6 +13,7 @@ from pikv_core.cache.attention import chosen_kernels
 from pikv_core.errors import PiKVError
 from pikv_core.runs import Reporter, find_model
 from pikv_core.schema import Recipe
+from pikv_kernels.backends import newest_forced
 
 REPEAT = "\n\nRepeat the previous context exactly.\n\n"  # asks a model for what KVzip (2505.23416) scores by
 
@@ -50,6 +51,8 @@ class LoadedModel:
             ids = self.tokenizer(REPEAT, add_special_tokens=False, return_tensors="pt")["input_ids"]
             known = self.tokenizer.unk_token_id is None or not bool((ids == self.tokenizer.unk_token_id).any())
             cache.repeat_words = ids if known else None
+        if newest_forced() is not None:
+            cache.check_backend(self.model)
         return cache
 
     @property
@@ -68,6 +71,11 @@ def prepare(recipe: Recipe) -> torch.device:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
+    return device_of(recipe)
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Return the device that a recipe asks for."""
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise PiKVError("device 'cuda' is asked for, but torch sees no CUDA device", hint="use --device cpu or auto")
     wanted = recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

@@ -55,6 +55,7 @@ TaskSpec = Annotated[Component, MemberOf("pikv_core.data:TASKS")]
 RouterSpec = Annotated[Component, MemberOf("pikv_core.moe.routers:ROUTERS")]
 RequestPolicySpec = Annotated[Component, MemberOf("pikv_core.simulation.policies:REQUEST_POLICIES")]
 
+Backend = Literal["auto", "torch", "numba", "triton"]  # of the attention of new tokens; auto: what is there
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 

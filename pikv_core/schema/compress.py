@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from pikv_core.components import Component
 from pikv_core.errors import closest
-from pikv_core.schema.base import AllocationSpec, Budget, CodecSpec, PolicySpec, Positive, Recipe, Section
+from pikv_core.schema.base import AllocationSpec, Backend, Budget, CodecSpec, PolicySpec, Positive, Recipe, Section
 
 
 class MethodRecipe(Section):
@@ -61,6 +61,7 @@ class CompressRecipe(Recipe):
 
     verb: Literal["compress"] = "compress"
     model: str
+    backend: Backend = "auto"
     methods: Annotated[list[MethodSpec], Field(min_length=1)] = Field(
         ["full", "streaming-llm", "h2o", "quest", "h2o+int8"], validate_default=True
     )
@@ -90,6 +91,9 @@ class CompressRecipe(Recipe):
     def _parts_fit(self) -> CompressRecipe:
         if self.calibrate != (self.save is not None):
             text = "calibrate and save go together: what is fitted has to be written somewhere"
+            raise PydanticCustomError("sizes", "{text}", {"text": text})
+        if self.calibrate and self.backend != "auto":
+            text = f"calibrate attends to prompts alone, so backend '{self.backend}' means nothing; leave it out"
             raise PydanticCustomError("sizes", "{text}", {"text": text})
         if self.target is not None and self.target.split("=")[0].strip() not in self.tasks:
             text = f"target '{self.target}' is not measured; tasks: {', '.join(self.tasks)}"

@@ -8,7 +8,17 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from pikv_core.components import Component
-from pikv_core.schema.base import AllocationSpec, Budget, CodecSpec, PolicySpec, Positive, Recipe, Section, Share
+from pikv_core.schema.base import (
+    AllocationSpec,
+    Backend,
+    Budget,
+    CodecSpec,
+    PolicySpec,
+    Positive,
+    Recipe,
+    Section,
+    Share,
+)
 
 
 class CacheRecipe(Section):
@@ -42,6 +52,7 @@ class GenerateRecipe(Recipe):
     verb: Literal["generate"] = "generate"
     model: str
     cache: CacheRecipe = CacheRecipe()
+    backend: Backend = "auto"
     prompt: str | None = None
     prompt_file: str | None = None
     prompts: str | None = None  # a jsonl file with a key `prompt` in every line

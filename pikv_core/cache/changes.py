@@ -1,8 +1,8 @@
 """What a cache holds more, or otherwise, than at an earlier step: what a log of its states has to write.
 
 What is stored of a token never changes, only its place and its statistics do. So the change of a store is where each of
-its units was before, what is in the new ones, and the statistics that are others. Shapes: B batch, G key/value heads, S slots, U
-units, N new units of all heads.
+its units was before, what is in the new ones, and the statistics that are others. Shapes: B batch, G key/value heads, S
+slots, U units, N new units of all heads.
 """
 
 from __future__ import annotations

@@ -14,8 +14,7 @@ import torch
 from pikv_core.cache.cache import PiKVCache
 from pikv_core.cache.lane import Lane
 from pikv_core.cache.layer import CacheLayer
-from pikv_core.cache.page_bounds import PageBounds
-from pikv_core.cache.store import Slots, Store
+from pikv_core.cache.store import Slots
 from pikv_core.errors import PiKVError
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
@@ -25,8 +24,8 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, 
 class Snapshot:
     """What a cache holds. facts: JSON values; small: tensors that change as a whole; slots: of every store, by name.
 
-    growing: tensors that get longer in their last dimension but one, of whose rows only the last can still change: bounds
-    [2,B,G,P,D] of pages. Tensors may be views of the cache's own.
+    growing: tensors that get longer in their last dimension but one, of whose rows only the last can still change:
+    bounds [2,B,G,P,D] of pages. Tensors may be views of the cache's own.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)

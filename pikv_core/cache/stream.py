@@ -73,19 +73,19 @@ class Folder:
     def __init__(self, url: str):
         self.url = url
         try:
-            self._files, self._path = fsspec.core.url_to_fs(url)
+            self._files, self.path = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise UsageError(f"{url}: {error}", hint="give a folder, or a URL that fsspec can open") from error
         self.is_local = "file" in self._files.protocol if isinstance(self._files.protocol, tuple) else False
 
     def place(self, name: str) -> str:
         """Return the path of a file."""
-        return f"{self._path}/{name}"
+        return f"{self.path}/{name}"
 
     def make(self) -> None:
         """Make the folder."""
         with self._told("cannot be made"):
-            self._files.makedirs(self._path, exist_ok=True)
+            self._files.makedirs(self.path, exist_ok=True)
 
     def exists(self, name: str) -> bool:
         with self._told("cannot be read"):
@@ -94,7 +94,7 @@ class Folder:
     def names(self) -> list[str]:
         """Return the names of all files."""
         with self._told("cannot be read"):
-            return [path.rsplit("/", 1)[-1] for path in self._files.ls(self._path, detail=False)]
+            return [path.rsplit("/", 1)[-1] for path in self._files.ls(self.path, detail=False)]
 
     def read(self, name: str) -> bytes:
         """Return a file's bytes; raise PiKVError where there is none."""
@@ -158,6 +158,14 @@ def read(url: str) -> Saved:
     now = replay.snapshot()
     tokens = now.growing.pop("tokens")[..., 0]
     return Saved(manifest["about"], tokens, now, values, beside, chain[0])
+
+
+def is_same_place(url: str, other: str) -> bool:
+    """Return whether two URLs are of one folder."""
+    first, second = Folder(url), Folder(other)
+    if first.is_local and second.is_local:
+        return os.path.realpath(first.path) == os.path.realpath(second.path)
+    return url.rstrip("/") == other.rstrip("/")
 
 
 def about(url: str) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class Switch(Evictor):
         state = self._state(tokens.layer)
         if state["is_new_step"]:
             self._choose(state, tokens)
-            state.update(kept=dict.fromkeys(self.policies, 0.0), total=0.0, is_new_step=False)
+            state |= {"kept": dict.fromkeys(self.policies, 0.0), "total": 0.0, "is_new_step": False}
         scores = {name: self._candidate_score(name, tokens) for name in self.policies}
         newest = tokens.columns[NEWEST].masked_fill(tokens.position < 0, 0.0)
         kept = [_kept(newest, score, tokens.capacity) for score in scores.values()]
@@ -156,7 +156,7 @@ class Switch(Evictor):
                 "recall": dict(state["recall"]),
             }
         )
-        state.update(choice=best, challenger=None, num_better=0)
+        state |= {"choice": best, "challenger": None, "num_better": 0}
 
 
 def _unfit(policy: Any) -> str | None:

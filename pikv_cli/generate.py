@@ -36,6 +36,14 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample within this probability mass.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
+    save_state: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Log the state here, a folder or URL, for --resume.")
+    ] = None,
+    save_every: Annotated[int | None, typer.Option(help="Tokens between two states of the log.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Go on, exactly, from what --save-state wrote, or with more prompt."),
+    ] = None,
     record_attention: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write the attention for simulate-cache.")
     ] = None,
@@ -61,21 +69,45 @@ def generate(
         "top_k": top_k,
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
+        "save_state": save_state,
+        "save_every": save_every,
+        "resume": resume,
         "record_attention": record_attention,
     }
+    if resume is not None:
+        _go_on_from(resume, shared, flags)
     shared.run("generate", flags, _show)
+
+
+def _go_on_from(resume: str, shared: options.Shared, flags: dict[str, Any]) -> None:
+    """Take the recipe from the state; raise UsageError for flags that would change what it goes on with."""
+    from pikv_core.cache import stream
+    from pikv_core.errors import UsageError
+
+    own = {"resume", "save_state", "save_every", "prompt", "max_new_tokens", "backend"}
+    given = [name.split(".")[-1] for name, value in flags.items() if value not in (None, []) and name not in own]
+    given += [name for name in ("recipe", "set", "seed", "dtype") if getattr(shared, name)]
+    if given:
+        raise UsageError(
+            f"--resume takes the recipe of its state, not --{given[0].replace('_', '-')}",
+            hint="beside it go a prompt that comes behind, --max-new-tokens, --save-state, --device and the like",
+        )
+    shared.recipe = stream.about(resume)["recipe"]
 
 
 def _show(result: Any, folder: Path) -> None:
     ratio = result.resident_bytes / result.full_bytes
     events = f", {len(result.events)} events" if result.events else ""
+    first = "" if result.time_to_first_token_s is None else f"first token after {result.time_to_first_token_s:.3f} s "
     speed = "" if result.tokens_per_s is None else f"{result.tokens_per_s:.1f} tokens/s, "
     typer.echo(
         f"{result.policy}, {result.codec}, budget {result.budget}: {result.resident_bytes:,} bytes resident "
         f"({ratio:.3f} of {result.full_bytes:,}), peak {result.peak_bytes:,}{events}; "
-        f"{speed}first token after {result.time_to_first_token_s:.3f} s "
+        f"{speed}{first}"
         f"({result.backend}); details: {folder}",
         err=True,
     )
+    if result.state is not None:
+        typer.echo(f"state: {result.state}, {result.state_bytes:,} bytes written", err=True)
     if result.attention_trace is not None:
         typer.echo(f"attention: {result.attention_trace}", err=True)

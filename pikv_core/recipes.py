@@ -6,6 +6,7 @@ Every problem is reported at once with its key path, what was got and what is al
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,18 +24,22 @@ from pikv_core.strict_yaml import parse_yaml
 
 def load(
     verb: str,
-    file: str | Path | None = None,
+    file: str | Path | Mapping[str, Any] | None = None,
     overrides: Iterable[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> Any:
     """Return the verb's frozen recipe from a YAML file, `key=value` overrides and flags (dotted key → value).
+
+    file: or the mapping that one holds.
 
     Raises RecipeError with every problem found.
     """
     tree: dict[str, Any] = {}
     source = "recipe"
     origin: dict[str, str] = {}
-    if file is not None:
+    if isinstance(file, Mapping):
+        tree = copy.deepcopy(dict(file))
+    elif file is not None:
         source = str(file)
         tree = _read(Path(file), verb)
     for override in overrides:

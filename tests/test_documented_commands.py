@@ -10,7 +10,14 @@ from typer.testing import CliRunner
 from pikv_cli.app import app
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "data/README.md", "docs/methods.md", "docs/simulation.md", "docs/training.md"]
+DOCUMENTS = [
+    "README.md",
+    "data/README.md",
+    "docs/methods.md",
+    "docs/simulation.md",
+    "docs/state.md",
+    "docs/training.md",
+]
 
 
 def commands(document):

@@ -26,7 +26,7 @@ class HeadBudgets:
         self._window, self._run = window, run
         owns = evictor is not None and type(evictor).capacity is not Evictor.capacity
         self._spreads = owns or allocation.parts_layers  # else every layer gets the mean
-        self._head_share: torch.Tensor | None = None  # [B,G]: of the layer's tokens per head
+        self.head_share: torch.Tensor | None = None  # [B,G]: of the layer's tokens per head
         self.settled: torch.Tensor | None = None  # what `tokens` tells from now on, however many are seen
 
     def most(self, num_seen: torch.Tensor) -> torch.Tensor:
@@ -37,7 +37,7 @@ class HeadBudgets:
         """Return how many tokens [B,G] may stay, at least 1 where there are any; told as `settled` once that is it."""
         whole = self._to_hold(num_seen)
         counts = whole.tolist()
-        if self._spreads or self._head_share is not None:
+        if self._spreads or self.head_share is not None:
             told = self._spread(whole)
         else:  # plain numbers, since this is asked for every layer and token
             each = torch.tensor([min(self.budget.of(count), count) for count in counts], dtype=torch.int64)
@@ -54,14 +54,14 @@ class HeadBudgets:
             mean = torch.minimum(mean, whole)
             by_layer = self._allocation.layers(mean, whole, self._run.num_layers, self._run.shared)
             own = by_layer[:, self._run.index, None]
-        if self._head_share is not None:
-            own = (own * self._head_share + 1e-6).long()
+        if self.head_share is not None:
+            own = (own * self.head_share + 1e-6).long()
         return own.clamp(min=1).minimum(whole[:, None]).expand(-1, self._run.num_kv_heads)
 
     @property
     def may_part(self) -> bool:
         """Whether the allocation has yet to make heads unequal."""
-        return self._allocation.splits_heads and self._head_share is None
+        return self._allocation.splits_heads and self.head_share is None
 
     def _to_hold(self, num_seen: torch.Tensor) -> torch.Tensor:
         return num_seen if self._window is None else num_seen.clamp(max=max(1, self._window - 1))
@@ -74,7 +74,7 @@ class HeadBudgets:
         if not self.may_part:
             return capacity
         heads = self._allocation.heads(score, capacity[:, 0].to(score.device)).cpu()
-        self._head_share = (heads.double() / capacity[:, :1].double()).nan_to_num(1.0)  # a row may be padding alone
+        self.head_share = (heads.double() / capacity[:, :1].double()).nan_to_num(1.0)  # a row may be padding alone
         return heads
 
     def forget(self) -> None:
@@ -84,5 +84,5 @@ class HeadBudgets:
     def select_rows(self, rows: torch.Tensor) -> None:
         """Reorder, repeat or drop rows of the batch."""
         self.settled = None
-        if self._head_share is not None:
-            self._head_share = self._head_share[rows]
+        if self.head_share is not None:
+            self.head_share = self.head_share[rows]

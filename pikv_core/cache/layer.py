@@ -84,7 +84,7 @@ class CacheLayer(CacheLayerMixin):
         self.held = self.looking = False
         self._held_length = 0  # tokens seen when `hold` was called
         self._seen_since_hold: dict[int, torch.Tensor] = {}  # tokens of each row's sequence, by length seen
-        self._scoring = True  # a score that is taken once is still to come
+        self.scoring = True  # a score that is taken once is still to come
         self.seen = Seen(0, torch.device("cpu"))
         self.is_initialized = False
 
@@ -169,6 +169,10 @@ class CacheLayer(CacheLayerMixin):
     def resident_bytes(self) -> int:
         """Bytes of live storage, and of what policies remember of this layer."""
         return sum(lane.nbytes for lane in self.lanes) + self.run.nbytes
+
+    def note_bytes(self) -> None:
+        """Tell that the stored bytes may have changed."""
+        self._on_change(self.index)
 
     @property
     def full_bytes(self) -> int:
@@ -266,7 +270,7 @@ class CacheLayer(CacheLayerMixin):
         given = columns or {}
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        self._refuse_without_queries(keys.shape[2] > 1 or self.held or self._scoring, given)
+        self._refuse_without_queries(keys.shape[2] > 1 or self.held or self.scoring, given)
         self.update(keys, values)
         keys, values, position, is_prompt = self._take(None)
         for lane in self.lanes:
@@ -313,8 +317,8 @@ class CacheLayer(CacheLayerMixin):
         del self.arrived
         is_prompt = keys.shape[2] > 1 or self.held
         self._check_finite(keys, values)
-        if is_prompt and not self._scoring and self.evictor is not None and self.evictor.looks is None:
-            self._set_scoring(True)
+        if is_prompt and not self.scoring and self.evictor is not None and self.evictor.looks is None:
+            self.set_scoring(True)
         return keys, values, self.seen.advance(keys.shape[2], is_token), is_prompt
 
     def _end_step(self, num_new: int, is_prompt: bool) -> None:
@@ -376,7 +380,7 @@ class CacheLayer(CacheLayerMixin):
     def _evict(self) -> None:
         drops = self.evictor is not None
         capacity = self._allowed() if drops else self.budgets.most(self.num_seen)
-        decide = self._scoring and self.plan.decides_once
+        decide = self.scoring and self.plan.decides_once
         if decide and self.plan.evictor is not None and self.plan.evictor.looks is not None and not self.looking:
             raise PiKVError(
                 f"policy '{self.policy.name}' has not been shown what it scores by",
@@ -390,7 +394,7 @@ class CacheLayer(CacheLayerMixin):
         if decide:
             for lane, score in zip(self.lanes, scores):
                 lane.settle(score)
-            self._scoring = False
+            self.scoring = False
         if drops and self.lanes[0].pairs is None and self.lanes[0].needs_eviction(rooms[0]):
             capacity = self.budgets.part(scores[0], capacity)
             rooms = [self.lanes[0].room(capacity)]
@@ -406,7 +410,7 @@ class CacheLayer(CacheLayerMixin):
     def is_static(self) -> bool:
         """Whether the next token does what the one before it did, in the same places (see `pikv_core.cache.static`)."""
         capacity = self.budgets.settled if self.is_initialized and self.evictor is not None else None
-        if capacity is None or self.held or self.recorder is not None or (self._scoring and self.plan.decides_once):
+        if capacity is None or self.held or self.recorder is not None or (self.scoring and self.plan.decides_once):
             return False
         return all(lane.is_static(capacity) for lane in self.lanes)
 
@@ -434,11 +438,12 @@ class CacheLayer(CacheLayerMixin):
         if not self.held:
             raise UsageError(NOT_HELD, hint="call cache.hold() before what is to be forgotten is fed")
         self.looking = True
-        if not self._scoring:
-            self._set_scoring(True)
+        if not self.scoring:
+            self.set_scoring(True)
 
-    def _set_scoring(self, scoring: bool) -> None:
-        self._scoring = scoring
+    def set_scoring(self, scoring: bool) -> None:
+        """Let tokens carry the statistics of a score that is taken once while it is still to come."""
+        self.scoring = scoring
         for lane in self.lanes:
             lane.set_columns(scoring)
 

@@ -61,6 +61,13 @@ class PageBounds:
         if keys.shape[2]:
             self.append(keys, is_token)
 
+    def put(self, bounds: torch.Tensor, num_slots: int) -> None:
+        """Hold these bounds [2,B,G,P,D] of the pages of `num_slots` slots, in place of anything else."""
+        self._bounds, self.num_slots = None, num_slots
+        self._grow(bounds.shape[3], bounds[0])
+        assert self._bounds is not None
+        self._bounds[:, :, :, : bounds.shape[3]] = bounds
+
     def select_rows(self, rows: torch.Tensor) -> None:
         if self._bounds is not None:
             self._bounds = self._bounds.index_select(1, rows)

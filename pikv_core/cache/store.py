@@ -5,6 +5,7 @@ Shapes: B batch, G key/value heads, T new tokens, S stored slots, U units, D hea
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,21 @@ if TYPE_CHECKING:
     from pikv_core.cache.rotary import Rotary
 
 EMPTY = -1  # the position of a slot that holds no token
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What a store holds: codes [B,G,U,...] of units of `unit` tokens, columns [B,G,S] with `position` among them."""
+
+    unit: int
+    dtype: torch.dtype  # of the model's keys
+    codes: dict[str, torch.Tensor]
+    columns: dict[str, torch.Tensor]
+
+    def to(self, device: torch.device) -> Slots:
+        """Return the same on a device."""
+        codes, columns = ({name: x.to(device) for name, x in part.items()} for part in (self.codes, self.columns))
+        return Slots(self.unit, self.dtype, codes, columns)
 
 
 class Store:
@@ -191,6 +207,23 @@ class Store:
         moved._columns = {"position": self.position}
         moved._encoded = {"keys": rotary.shift(keys, offset, layer), "values": values}
         return moved
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether there ever was a token, so that its memory has a shape."""
+        return bool(self._columns)
+
+    def slots(self) -> Slots:
+        """Return views of all that is held."""
+        columns = {name: x[:, :, : self.num_slots] for name, x in self._columns.items()}
+        return Slots(self.unit, self._dtype, self._encoded_until(self.num_slots), columns)
+
+    def put(self, slots: Slots) -> None:
+        """Hold what `slots` says, in place of anything else."""
+        self._columns, self._encoded, self._dtype = {}, {}, slots.dtype
+        self._write(self._columns, slots.columns, 0, 1)
+        self._write(self._encoded, slots.codes, 0, self.unit)
+        self.num_slots = slots.columns["position"].shape[2]
 
     def set_columns(self, names: tuple[str, ...]) -> None:
         """Carry these statistics from now on: new ones start at 0, others are freed."""

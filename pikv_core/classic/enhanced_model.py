@@ -43,7 +43,7 @@ class PiKVEnhancedModel:
             )
         recipe = self.recipe.model_copy(update={"max_new_tokens": max_new_tokens})
         self.cache = self.loaded.new_cache(recipe)
-        (completion,), cost = generate_batch(self.loaded, recipe, [prompt], self.cache, Reporter(), stream=False)
+        (completion,), cost = generate_batch(self.loaded, recipe, [prompt], self.cache, Reporter(), streams=False)
         rate = cost.num_later_tokens / cost.decode_s if cost.decode_s else None
         self._times = {"time_to_first_token_s": cost.first_token_s, "tokens_per_s": rate}
         return tokenizer.decode([*ids, *completion.token_ids], skip_special_tokens=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,17 +37,19 @@ class GenerateResult:
     peak_bytes: int
     full_bytes: int
     tokens_per_s: float | None  # of the tokens after each prompt's first
-    time_to_first_token_s: float
+    time_to_first_token_s: float | None
     backend: str
     model: str
     completions: list[Completion] | None
     events: list[dict[str, Any]]
     attention_trace: str | None
+    state: str | None
+    state_bytes: int | None  # written by this run
 
 
 def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
     """Generate for every prompt of the recipe, in batches."""
-    prompts = read_prompts(recipe)
+    prompts = [recipe.prompt or ""] if recipe.resume is not None else read_prompts(recipe)
     find_model(recipe.model)
     if recipe.record_attention is not None:
         _check_place(recipe.record_attention, recipe.prompt_file)
@@ -62,17 +65,24 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
 
 
 def _generate(recipe: GenerateRecipe, run: Run, prompts: list[str]) -> GenerateResult:
+    from pikv_core.cache import stream
     from pikv_core.jobs.record_attention import Recording
     from pikv_core.model.generation import as_chat, generate_batch
     from pikv_core.model.loading import load_model
+    from pikv_core.model.saving import about_run
 
     loaded = load_model(recipe.model, recipe)
     if recipe.graph:
         loaded.new_cache(recipe).check_static()
-    if recipe.chat:
+    if recipe.chat and recipe.resume is None:
         prompts = [as_chat(loaded.tokenizer, prompt) for prompt in prompts]
     if recipe.record_attention is not None:
         _make_folder_of(recipe.record_attention, run)
+    saved = None if recipe.resume is None else stream.read(recipe.resume)
+    writer = None
+    if recipe.save_state is not None:
+        same = recipe.resume is not None and stream.is_same_place(recipe.save_state, recipe.resume)
+        writer = stream.Writer(recipe.save_state, about_run(recipe, loaded), saved if same else None)
     single = recipe.prompts is None
     completions: list[Completion] = []
     costs: list[BatchCost] = []
@@ -82,7 +92,8 @@ def _generate(recipe: GenerateRecipe, run: Run, prompts: list[str]) -> GenerateR
         cache = loaded.new_cache(recipe)
         path = recipe.record_attention
         recording = None if path is None else Recording(path, recipe.record, cache)
-        found, cost = generate_batch(loaded, recipe, part, cache, run.reporter, stream=single)
+        with writer or nullcontext():
+            found, cost = generate_batch(loaded, recipe, part, cache, run.reporter, single, saved, writer)
         if recording is not None:
             recording.write(found[0].num_prompt_tokens, loaded)
         completions += found
@@ -114,11 +125,12 @@ def _generate(recipe: GenerateRecipe, run: Run, prompts: list[str]) -> GenerateR
         completions=None if single else completions,
         events=events,
         attention_trace=recipe.record_attention,
+        state=recipe.save_state,
+        state_bytes=None if writer is None else writer.bytes_written,
     )
-    for name in ("resident_bytes", "peak_bytes", "full_bytes", "time_to_first_token_s"):
-        run.telemetry.scalar(f"generate/{name}", getattr(result, name))
-    if result.tokens_per_s is not None:
-        run.telemetry.scalar("generate/tokens_per_s", result.tokens_per_s)
+    for name in ("resident_bytes", "peak_bytes", "full_bytes", "time_to_first_token_s", "tokens_per_s"):
+        if getattr(result, name) is not None:
+            run.telemetry.scalar(f"generate/{name}", getattr(result, name))
     _log_switches(events, run)
     run.finish(result, loaded.backends)
     return result

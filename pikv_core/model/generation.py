@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from pikv_core.cache import PiKVCache
+from pikv_core.cache import PiKVCache, stream
 from pikv_core.errors import UsageError
 from pikv_core.model.loading import LoadedModel
 from pikv_core.model.replayed_step import replaying
+from pikv_core.model.saving import Saver, go_on
 from pikv_core.model.steps import prefill
 from pikv_core.runs import Reporter
 from pikv_core.schema import GenerateRecipe
@@ -39,12 +40,15 @@ def as_chat(tokenizer: Any, prompt: str) -> str:
 
 @dataclass(frozen=True)
 class BatchCost:
-    """Bytes at the end and at the peak, and times; `num_later_tokens` came in `decode_s`, after the first of each."""
+    """Bytes at the end and at the peak, and times; `num_later_tokens` came in `decode_s`, after the first of each.
+
+    first_token_s: None where a run was gone on with that had nothing left to do.
+    """
 
     resident_bytes: int
     peak_bytes: int
     full_bytes: int
-    first_token_s: float
+    first_token_s: float | None
     decode_s: float
     num_later_tokens: int
 
@@ -55,63 +59,89 @@ def generate_batch(
     prompts: list[str],
     cache: PiKVCache,
     reporter: Reporter,
-    stream: bool,
+    streams: bool,
+    saved: stream.Saved | None = None,
+    writer: stream.Writer | None = None,
 ) -> tuple[list[Completion], BatchCost]:
     """Generate for prompts padded on the left to one length, through a cache that is empty.
 
-    stream: hand pieces of the (one) completion to the reporter as they are finished.
+    streams: hand pieces of the (one) completion to the reporter as they are finished. saved: what to go on from; the
+    (one) prompt is what comes behind it, if anything. writer: where to save the (one) run.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not recipe.chat).to(model.device)
-    length = inputs["input_ids"].shape[1]
+    if saved is None:
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not recipe.chat)
+        ids, mask = inputs["input_ids"].to(model.device), inputs["attention_mask"].to(model.device)
+        length = ids.shape[1]
+    else:
+        ids, length = go_on(saved, loaded, cache, prompts[0])
+        mask = torch.ones_like(ids)
+    num_before = ids.shape[1] - length
+    num_left = recipe.max_new_tokens - num_before
     loaded.check_length(length + recipe.max_new_tokens - 1, reporter)
     clock = _Clock()
-    if cache.looks is not None:
+    streamer = _Stream(tokenizer, reporter) if streams else None
+    if streamer is not None:
+        streamer.repeat(ids[0, length:])
+    if cache.looks is not None and saved is None:
         if length < 2:
             raise UsageError(
                 f"policy '{cache.recipe.policy.name}' scores a prompt before its last token, and this one has no other",
                 hint="give a longer prompt, or choose another policy",
             )
-        prefill(model, cache, inputs["input_ids"][:, :-1], is_token=inputs["attention_mask"][:, :-1].bool())
-    sampled = recipe.temperature > 0
-    with replaying(model, cache) if recipe.graph else nullcontext() as decode:
-        output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            past_key_values=cache,
-            max_new_tokens=recipe.max_new_tokens,
-            do_sample=sampled,
-            temperature=recipe.temperature if sampled else None,
-            top_k=recipe.top_k if sampled else None,
-            top_p=recipe.top_p if sampled else None,
-            repetition_penalty=recipe.repetition_penalty,
-            pad_token_id=tokenizer.pad_token_id,
-            stopping_criteria=StoppingCriteriaList([clock]),
-            streamer=_Stream(tokenizer, reporter) if stream else None,
-        )
-    if decode is not None and not decode.num_replayed:
-        reporter.status(f"graph: no step was replayed, since {cache.get_seq_length()} tokens did not fill the budget")
+        prefill(model, cache, ids[:, :-1], is_token=mask[:, :-1].bool())
+    saver = None if writer is None else Saver(writer, cache, length, recipe.save_every)
+    stops = _stops(model.generation_config.eos_token_id)
+    if num_left > 0 and not (num_before and int(ids[0, -1]) in stops):
+        sampled = recipe.temperature > 0
+        with replaying(model, cache) if recipe.graph else nullcontext() as decode:
+            ids = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=num_left,
+                do_sample=sampled,
+                temperature=recipe.temperature if sampled else None,
+                top_k=recipe.top_k if sampled else None,
+                top_p=recipe.top_p if sampled else None,
+                repetition_penalty=recipe.repetition_penalty,
+                pad_token_id=tokenizer.pad_token_id,
+                stopping_criteria=StoppingCriteriaList([clock, *([] if saver is None else [saver])]),
+                streamer=streamer,
+            )
+        if decode is not None and not decode.num_replayed:
+            num_tokens = cache.get_seq_length()
+            reporter.status(f"graph: no step was replayed, since {num_tokens} tokens did not fill the budget")
+    elif streamer is not None:
+        streamer.end()
+    if saver is not None:
+        saver.save(ids)
     completions = []
-    for prompt, mask, row in zip(prompts, inputs["attention_mask"], output[:, length:].tolist()):
-        ids = _until_stop(row, model.generation_config.eos_token_id)
-        completions.append(Completion(prompt, tokenizer.decode(ids, skip_special_tokens=True), ids, int(mask.sum())))
+    for prompt, is_token, row in zip(prompts, mask[:, :length], ids[:, length:].tolist()):
+        new = _until_stop(row, stops)
+        completions.append(
+            Completion(prompt, tokenizer.decode(new, skip_special_tokens=True), new, int(is_token.sum()))
+        )
     cost = BatchCost(
         resident_bytes=cache.resident_bytes,
         peak_bytes=cache.peak_bytes,
         full_bytes=cache.full_bytes,
-        first_token_s=clock.times[0] - clock.start,
-        decode_s=clock.times[-1] - clock.times[0],
-        num_later_tokens=sum(max(0, len(completion.token_ids) - 1) for completion in completions),
+        first_token_s=clock.times[0] - clock.start if clock.times else None,
+        decode_s=clock.times[-1] - clock.times[0] if clock.times else 0.0,
+        num_later_tokens=sum(max(0, len(completion.token_ids) - num_before - 1) for completion in completions),
     )
     return completions, cost
 
 
-def _until_stop(ids: list[int], stop: int | list[int] | None) -> list[int]:
+def _stops(stop: int | list[int] | None) -> set[int]:
+    return {stop} if isinstance(stop, int) else set(stop or ())
+
+
+def _until_stop(ids: list[int], stops: set[int]) -> list[int]:
     """Cut the padding that a finished row of a batch was given, and its stop token."""
-    stops = {stop} if isinstance(stop, int) else set(stop or ())
     for index, token in enumerate(ids):
         if token in stops:
             return ids[:index]
@@ -138,6 +168,13 @@ class _Stream(TextStreamer):
     def __init__(self, tokenizer: Any, reporter: Reporter):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._reporter = reporter
+
+    def repeat(self, ids: torch.Tensor) -> None:
+        """Pass on tokens [T] that were generated before."""
+        self.next_tokens_are_prompt = False
+        for token in ids:
+            self.put(token[None])
+        self.next_tokens_are_prompt = True
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self._reporter.text(text)

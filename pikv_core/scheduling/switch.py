@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypedDict
 
 from pydantic import Field
 
@@ -27,20 +27,19 @@ STATE = "switch/state"
 NEWEST, PROMPT_END = "newest", "prompt_end"
 
 
-@dataclass
-class State:
+class State(TypedDict):
     """How a layer's candidates have done: recall by name, a running mean over steps, and the choice it led to.
 
     kept, total: attention mass of the step under way, by candidate and in all. is_new_step: its mass is yet to come.
     """
 
     choice: str
-    recall: dict[str, float] = field(default_factory=dict)
-    challenger: str | None = None
-    num_better: int = 0
-    kept: dict[str, float] = field(default_factory=dict)
-    total: float = 0.0
-    is_new_step: bool = False
+    recall: dict[str, float]
+    challenger: str | None
+    num_better: int
+    kept: dict[str, float]
+    total: float
+    is_new_step: bool
 
 
 @POLICIES.register("switch")
@@ -92,26 +91,29 @@ class Switch(Evictor):
             columns[NEWEST].copy_(rows.probs[:, :, :, -1].mean(dim=2))
             if not is_step:
                 columns[PROMPT_END].copy_(rows.query_position[:, -1, None, None] + 1)
-            self._state(rows.layer).is_new_step = True
+            self._state(rows.layer)["is_new_step"] = True
 
     def score(self, tokens: Tokens) -> torch.Tensor:
         import torch
 
         state = self._state(tokens.layer)
-        if state.is_new_step:
+        if state["is_new_step"]:
             self._choose(state, tokens)
-            state.kept, state.total, state.is_new_step = dict.fromkeys(self.policies, 0.0), 0.0, False
+            state |= {"kept": dict.fromkeys(self.policies, 0.0), "total": 0.0, "is_new_step": False}
         scores = {name: self._candidate_score(name, tokens) for name in self.policies}
         newest = tokens.columns[NEWEST].masked_fill(tokens.position < 0, 0.0)
         kept = [_kept(newest, score, tokens.capacity) for score in scores.values()]
         total, *mass = torch.stack([newest.sum(), *kept]).tolist()
-        state.total += total
+        state["total"] += total
         for name, more in zip(scores, mass):
-            state.kept[name] += more
-        return scores[state.choice]
+            state["kept"][name] += more
+        return scores[state["choice"]]
 
     def _state(self, layer: LayerRun) -> State:
-        return layer.own.setdefault(STATE, State(self.policies[0]))
+        first = State(
+            choice=self.policies[0], recall={}, challenger=None, num_better=0, kept={}, total=0.0, is_new_step=False
+        )
+        return layer.own.setdefault(STATE, first)
 
     def _candidate_score(self, name: str, tokens: Tokens) -> torch.Tensor:
         """Return a candidate's score, -inf for empty slots; if it decides once, later tokens are above all others."""
@@ -132,29 +134,29 @@ class Switch(Evictor):
 
     def _choose(self, state: State, tokens: Tokens) -> None:
         """Take the last step's recall into account, and change the choice where another has been better for long."""
-        if not state.total:
+        if not state["total"]:
             return
         for name in self.policies:
-            now = state.kept[name] / state.total
-            state.recall[name] = self.decay * state.recall.get(name, now) + (1 - self.decay) * now
-        best = max(self.policies, key=lambda name: state.recall[name])
-        is_better = state.recall[best] > state.recall[state.choice] + self.margin
-        again = is_better and best == state.challenger
-        state.challenger = best if is_better else None
-        state.num_better = state.num_better + 1 if again else int(is_better)
-        if state.num_better < self.patience:
+            now = state["kept"][name] / state["total"]
+            state["recall"][name] = self.decay * state["recall"].get(name, now) + (1 - self.decay) * now
+        best = max(self.policies, key=lambda name: state["recall"][name])
+        is_better = state["recall"][best] > state["recall"][state["choice"]] + self.margin
+        again = is_better and best == state["challenger"]
+        state["challenger"] = best if is_better else None
+        state["num_better"] = state["num_better"] + 1 if again else int(is_better)
+        if state["num_better"] < self.patience:
             return
         tokens.layer.events.append(
             {
                 "event": "switch",
                 "layer": tokens.layer.index,
                 "step": int(tokens.num_seen.max()),
-                "from": state.choice,
+                "from": state["choice"],
                 "to": best,
-                "recall": dict(state.recall),
+                "recall": dict(state["recall"]),
             }
         )
-        state.choice, state.challenger, state.num_better = best, None, 0
+        state |= {"choice": best, "challenger": None, "num_better": 0}
 
 
 def _unfit(policy: Any) -> str | None:

@@ -64,8 +64,24 @@ class GenerateRecipe(Recipe):
     top_k: Positive | None = None
     top_p: Share | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    save_state: str | None = None  # a folder or fsspec URL: the log of states that a later run goes on from
+    save_every: Positive = 16  # tokens
+    resume: str | None = None  # a folder or URL that save_state wrote; the prompt, if any, comes behind what is there
     record_attention: str | None = None  # a file of safetensors, for `pikv simulate-cache`
     record: RecordSettings = RecordSettings()
+
+    @model_validator(mode="after")
+    def _saves_one_sequence(self) -> GenerateRecipe:
+        for name in ("save_state", "resume"):
+            if getattr(self, name) is not None and self.prompts is not None:
+                text = f"{name} takes one prompt, not a file of many: a state is of one sequence"
+                raise PydanticCustomError("sizes", "{text}", {"text": text})
+        if self.resume is not None and (self.record_attention is not None or self.prompt_file is not None):
+            text = (
+                "resume takes neither record_attention nor prompt_file: a trace is of a whole run; give text as prompt"
+            )
+            raise PydanticCustomError("sizes", "{text}", {"text": text})
+        return self
 
     @model_validator(mode="after")
     def _records_the_whole(self) -> GenerateRecipe:

@@ -49,7 +49,7 @@ class Entropy(Allocation):
         own["entropy_queries"] = own["entropy_queries"] + (rows.query_position >= 0).sum(dim=-1)
         if rows.is_last:
             mean = own.pop("entropy") / own.pop("entropy_queries").clamp(min=1)
-            seen[rows.layer.index] = mean.double().cpu()
+            seen[rows.layer.index] = mean.double()
 
     def layers(
         self, mean: torch.Tensor, num_seen: torch.Tensor, num_layers: int, shared: dict[str, Any]
@@ -60,7 +60,7 @@ class Entropy(Allocation):
         seen = shared.get("entropy", {})
         if len(seen) < num_layers:
             return mean[:, None].expand(-1, num_layers)
-        entropy = torch.stack([seen[index] for index in range(num_layers)], dim=1)
+        entropy = torch.stack([seen[index] for index in range(num_layers)], dim=1).to(mean.device)
         wish = entropy / entropy.sum(dim=1, keepdim=True).clamp(min=1e-9) * (mean * num_layers)[:, None]
         least = (mean * self.least).long().clamp(min=1)[:, None]
         return share_out(wish, mean * num_layers, least, num_seen.clamp(min=1)[:, None])

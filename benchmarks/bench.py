@@ -3,8 +3,8 @@
     python benchmarks/bench.py [--only decode,kernels,prefill]        (or: make bench)
 
 Each runs in a process of its own on one thread; decode and kernels again on two, for information. Everything goes to
-benchmarks/results/<machine>-<date>.json, and from there into the README and docs/performance.md (figures.py). About
-fifteen minutes; other work on the machine shows in the quartiles.
+benchmarks/results/<machine>-<date>.json, and from there into the README and docs/performance.md (figures.py). Other
+work on the machine shows in the quartiles.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ import tempfile
 from pathlib import Path
 
 import figures
-from peers.report import commit, machine
+from peers.report import machine
 
 from pikv_core.files import write_json
-from pikv_core.runs import versions
 
 HERE = Path(__file__).parent
 RUNS = {
@@ -42,7 +41,7 @@ def main() -> None:
     today = datetime.date.today().isoformat()
     path = HERE / "results" / f"{re.sub(r'[^a-z0-9]+', '-', machine().lower())}-{today}.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    found |= {"machine": machine(), "commit": commit(), "date": today, "versions": versions()}
+    found |= {"machine": machine(), "date": today}
     for name, (script, threads) in RUNS.items():
         if script.removesuffix(".py") in asked:
             found[name] = measured(script, threads)

@@ -2,15 +2,16 @@
 
     python benchmarks/figures.py [--check]
 
-A page says `<!-- figures: SECTION/TABLE -->` where a table belongs, and `<!-- end of figures -->` behind it. What stands
-between is made from the newest file of benchmarks/results/ that has the section. --check changes nothing, and fails where a page
-differs.
+A page says `<!-- figures: SECTION/TABLE -->` where a table belongs, and `<!-- end of figures -->` behind it. What
+stands between is made from the newest file of benchmarks/results/ that has the section. --check changes nothing, and
+fails where a page differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -18,45 +19,72 @@ from pathlib import Path
 from typing import Any
 
 import decode
-import kernels
-import kernels_gpu
 import prefill
+from timing import table
+
+import kernels
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PLACE = re.compile(r"(<!-- figures: (.+?)/(.+?) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
-TABLES: dict[str, Callable[[dict[str, Any]], dict[str, str]]] = {
-    "decode": decode.tables,
-    "decode on two threads": decode.tables,
-    "kernels": kernels.tables,
-    "kernels on two threads": kernels.tables,
-    "prefill": prefill.tables,
-    "kernels on a GPU": kernels_gpu.tables,
-}
 
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     only_check = parser.parse_args(words).check
-    stale = []
+    changed = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        made = PLACE.sub(lambda place: f"{place[1]}{table(place[2], place[3])}\n{place[4]}", text)
+        made = filled(text, page)
         if made != text:
-            stale.append(str(page.relative_to(ROOT)))
+            changed.append(str(page.relative_to(ROOT)))
             if not only_check:
                 page.write_text(made, encoding="utf-8")
-    if stale:
-        print("differs from benchmarks/results: " if only_check else "written: ", ", ".join(stale), sep="")
-    sys.exit(bool(stale and only_check))
+    if changed:
+        print("other figures than those in benchmarks/results: " if only_check else "written: ", ", ".join(changed))
+    sys.exit(bool(changed and only_check))
 
 
-def table(section: str, name: str) -> str:
-    """Return a table of the newest results that have the section, and where they come from."""
-    files = sorted((ROOT / "benchmarks" / "results").glob("*-????-??-??.json"), key=lambda file: file.stem[-10:])
-    for file in reversed(files):
+def filled(text: str, page: Path) -> str:
+    """Return a page's text with the newest tables in their places."""
+    return PLACE.sub(lambda place: f"{place[1]}{figures(place[2], place[3], page)}\n{place[4]}", text)
+
+
+def figures(section: str, name: str, page: Path) -> str:
+    """Return a table of the newest results that have the section, and a line that says where they are from."""
+    files = sorted(RESULTS.glob("*-????-??-??.json"), key=lambda file: file.stem[-10:], reverse=True)
+    for file in files:
         found = json.loads(file.read_text(encoding="utf-8"))
         if section in found:
-            return f"{TABLES[section](found[section])[name]}\n\n{found['machine']}, {found['date']} ([all figures]({link(file)}))."
+            link = Path(os.path.relpath(file, page.parent)).as_posix()
+            source = f"{found['machine']}, {found['date']} ([results]({link}))."
+            return f"{TABLES[section](found[section])[name]}\n\n{source}"
     raise SystemExit(f"no results have '{section}': run benchmarks/bench.py")
+
+
+def gpu_tables(found: dict[str, Any]) -> dict[str, str]:
+    """Return the tables of what `kernels_gpu.py` found."""
+    rows = []
+    for row in found["times"]:
+        wanted = "" if row["target_us"] is None else f"{row['target_us']:,}"
+        ratios = ("" if row[f"times SDPA {how}"] is None else f"{row[f'times SDPA {how}']:.2f}" for how in PEERS)
+        speed = row["bytes"] / row["us"] / 1e6
+        rows.append(f"| {row['op']} | {row['us']:,.0f} | {wanted} | {speed:.2f} | {' | '.join(ratios)} |")
+    head = "| operation | µs | wanted | TB/s | × SDPA folded | × SDPA with enable_gqa |"
+    return {"kernels": table(head, rows)}
+
+
+PEERS = ("folded", "enable_gqa")
+TABLES: dict[str, Callable[[dict[str, Any]], dict[str, str]]] = {
+    "decode": decode.tables,
+    "decode on two threads": decode.tables,
+    "kernels": kernels.tables,
+    "kernels on two threads": kernels.tables,
+    "prefill": prefill.tables,
+    "kernels on a GPU": gpu_tables,
+}
+
+if __name__ == "__main__":
+    main()

@@ -32,6 +32,7 @@ sys.path.insert(0, str(HERE.parent / "kernels"))
 os.environ["TRITON_INTERPRET"] = "1" if "--tiny" in sys.argv and not torch.cuda.is_available() else "0"
 
 import triton
+from sanitizer import sanitize
 
 from pikv_kernels import compact as compact_kernel
 from pikv_kernels import decode_attention as full_kernel
@@ -558,10 +559,11 @@ def main() -> None:
     for D, R, stores in OTHER_SHAPES:
         tokens = 192 if arguments.tiny else 4096
         run.check(f"head dim {D}, group {R}", lambda D=D, R=R, stores=stores, S=tokens: check_shape(D, R, S, stores))
+    run.step("sanitizer", lambda: run.state.update(sanitizer=sanitize(60)))
     do_cuts(run, inputs)
     for choice in backend_report():
         print(f"backend: {choice.op} on {choice.device}, {choice.dtype}: {choice.backend} ({choice.reason})")
-    wrong = [row for row in run.state["checks"] if not row["right"]]
+    wrong = [row for row in run.state["checks"] + run.state.get("sanitizer", []) if row["right"] is False]
     skipped = "" if time.time() - arguments.started <= arguments.seconds else "; stopped by --seconds"
     print(f"{len(run.state['checks'])} checks, {len(wrong)} wrong, {len(run.state['errors'])} steps failed{skipped}")
     run.file.unlink(missing_ok=True)

@@ -1,32 +1,27 @@
 """What each cache method adds to a prompt on a CPU.
 
-    python benchmarks/prefill.py [--tokens 4096] [--rounds 7] [--threads 1] [--kv-heads 2] [--out benchmarks/results]
+    python benchmarks/prefill.py [--tokens 4096] [--kv-heads 2] [--rounds 5] [--threads 1] [--json FILE]
 
 A random llama of 4 layers, hidden 256, 8 heads of 32 in float32 reads one prompt through each cache: against
 transformers' DynamicCache under SDPA, and against our own cache that keeps everything. The step's end, when tokens are
 dropped and encoded, is also timed by itself, and so is a second prompt of a quarter of the tokens over what is left.
 All methods in turn in every round; medians and quartiles of ratios to the peer of the same round, in processor time on
-one thread, else in wall time. Writes prefill.json and prefill.md.
+one thread, else in wall time.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from peers.report import commit, machine
+from timing import Clock, begin, options, table, tell
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from pikv_core.cache import PiKVCache, calibration
 from pikv_core.cache.layer import CacheLayer
-from pikv_core.files import write_json
-from pikv_core.runs import versions
 
 STOCK, FULL = "transformers' DynamicCache", "full"
 BUDGET = 0.2
@@ -35,16 +30,12 @@ STREAMED = 64 + 256  # DuoAttention's sinks and newest tokens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--methods", nargs="+", help="some methods alone, as the table names them")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
+    clock, found = begin(arguments)
     config = LlamaConfig(
         vocab_size=512,
         hidden_size=256,
@@ -57,28 +48,15 @@ def main() -> None:
     )
     model = LlamaForCausalLM(config).eval()
     ids = torch.randint(0, config.vocab_size, (1, arguments.tokens))
-    clock = time.process_time if arguments.threads == 1 else time.perf_counter
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         recipes = {
             name: recipe
             for name, recipe in methods(model, folder, arguments.tokens).items()
             if name == FULL or not arguments.methods or name in arguments.methods
         }
-        found = {
-            "machine": machine(),
-            "commit": commit(),
-            "versions": versions(),
-            "threads": arguments.threads,
-            "clock": "processor time" if arguments.threads == 1 else "wall time",
-            "rounds": arguments.rounds,
-            "num_tokens": arguments.tokens,
-            "num_kv_heads": arguments.kv_heads,
-            "methods": rows(model, ids, recipes, arguments.rounds, clock),
-        }
-    page = markdown(found)
-    write_json(arguments.out / "prefill.json", found)
-    (arguments.out / "prefill.md").write_text(page, encoding="utf-8")
-    print(page)
+        found["num_tokens"], found["num_kv_heads"] = arguments.tokens, arguments.kv_heads
+        found["methods"] = rows(model, ids, recipes, arguments.rounds, clock)
+    tell(found, tables(found), arguments.json)
 
 
 def methods(model: Any, folder: str, num_tokens: int) -> dict[str, dict[str, Any]]:
@@ -100,9 +78,7 @@ def methods(model: Any, folder: str, num_tokens: int) -> dict[str, dict[str, Any
     }
 
 
-def rows(
-    model: Any, ids: torch.Tensor, recipes: dict[str, Any], rounds: int, clock: Callable[[], float]
-) -> list[dict[str, Any]]:
+def rows(model: Any, ids: torch.Tensor, recipes: dict[str, Any], rounds: int, clock: Clock) -> list[dict[str, Any]]:
     """Measure a prompt through each cache, after a warm round."""
     names = (STOCK, *recipes)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -132,9 +108,7 @@ def rows(
     ]
 
 
-def prefill(
-    model: Any, ids: torch.Tensor, recipe: Any, clock: Callable[[], float]
-) -> tuple[float, float, float, tuple[int, int]]:
+def prefill(model: Any, ids: torch.Tensor, recipe: Any, clock: Clock) -> tuple[float, float, float, tuple[int, int]]:
     """Return the milliseconds of the prompt, its step's ends and a second one, and the bytes held after it, at most."""
     spent = [0.0]
     if recipe is None:
@@ -157,7 +131,7 @@ def prefill(
     return 1e3 * (end - start), 1e3 * end_s, 1e3 * (clock() - again), held
 
 
-def timed(layer: CacheLayer, clock: Callable[[], float], spent: list[float]) -> Callable[[], None]:
+def timed(layer: CacheLayer, clock: Clock, spent: list[float]) -> Callable[[], None]:
     """Return the layer's `compress`, which adds the seconds it takes to `spent`."""
     own = layer.compress
 
@@ -174,29 +148,19 @@ def spread(times: list[float], peer: list[float]) -> list[float]:
     return statistics.quantiles([mine / other - 1 for mine, other in zip(times, peer)], n=4)
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """Return the page of results."""
-    lines = [
-        "# A prompt on a CPU",
-        "",
-        f"Made by `benchmarks/prefill.py` on {found['machine']}, commit {found['commit'][:12]}: "
-        f"{found['num_tokens']:,} tokens through a random llama of 4 layers, hidden 256, "
-        f"8/{found['num_kv_heads']} heads of 32, float32, {found['threads']} thread(s); medians of {found['clock']} in "
-        f"{found['rounds']} rounds of all methods in turn, and medians and quartiles of what each took over its peers "
-        f"in the same round. Policies at a budget of {BUDGET:.0%}, DuoAttention with half of the heads streaming, at "
-        "random (streaming prompt: in the prompt too). The second prompt has a quarter of the tokens.",
-        "",
+def tables(found: dict[str, Any]) -> dict[str, str]:
+    """Return the Markdown tables by name."""
+    head = (
         "| cache | ms | over transformers' | over full | of it dropping and encoding, ms | held | at most | "
-        "second prompt over transformers' |",
-        "|---|---|---|---|---|---|---|---|",
+        "second prompt over transformers' |"
+    )
+    rows = [
+        f"| {row['method']} | {row['ms']:.0f} | {_percent(row['over_stock'])} | {_percent(row['over_full'])} | "
+        f"{row['end_ms']:.1f} | {_mib(row['resident_bytes'])} | {_mib(row['peak_bytes'])} | "
+        f"{_percent(row['second_over_stock'])} |"
+        for row in found["methods"]
     ]
-    for row in found["methods"]:
-        lines.append(
-            f"| {row['method']} | {row['ms']:.0f} | {_percent(row['over_stock'])} | {_percent(row['over_full'])} | "
-            f"{row['end_ms']:.1f} | {_mib(row['resident_bytes'])} | {_mib(row['peak_bytes'])} | "
-            f"{_percent(row['second_over_stock'])} |"
-        )
-    return "\n".join([*lines, ""])
+    return {"prompt": table(head, rows)}
 
 
 def _percent(quartiles: list[float]) -> str:

@@ -144,7 +144,7 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
         for row in found["long"]
     ]
     many, few = (f"{found[name]:,}" for name in ("num_tokens", "num_short_tokens"))
-    head = f"| {many} tokens | resident | ms a token | × transformers' | × full by SDPA | {few} tokens: × transformers' |"
+    head = f"| {many} tokens | resident | ms each | × transformers' | × full by SDPA | {few} tokens: × transformers' |"
     return {"summary": table(head, rows), **made}
 
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "kernels"))
+sys.path[:0] = [str(HERE), str(HERE.parent / "kernels")]
 os.environ["TRITON_INTERPRET"] = "1" if "--tiny" in sys.argv and not torch.cuda.is_available() else "0"
 
 import triton

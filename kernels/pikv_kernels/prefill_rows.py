@@ -60,7 +60,7 @@ def _show_rows(
         new = end - start
         rows = (query[:, :, start:end].float() * scale).reshape(B * G, R * new, D)
         probs = room[: B * H * new * end].view(B * G, R * new, end)
-        attended = torch.empty_like(rows, dtype=query.dtype)
+        attended = torch.empty_like(rows, dtype=values.dtype)
         for part in parts:
             logits = probs[part]
             torch.matmul(rows[part], keys[part, :end].transpose(-1, -2), out=logits)

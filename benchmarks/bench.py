@@ -28,8 +28,8 @@ HERE = Path(__file__).parent
 RUNS = {
     "decode": ("decode.py", 1),
     "decode on two threads": ("decode.py", 2),
-    "kernels": ("kernels.py", 1),
-    "kernels on two threads": ("kernels.py", 2),
+    "kernels": ("kernels_cpu.py", 1),
+    "kernels on two threads": ("kernels_cpu.py", 2),
     "prefill": ("prefill.py", 1),
 }
 
@@ -43,7 +43,7 @@ def main() -> None:
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     found |= {"machine": machine(), "date": today}
     for name, (script, threads) in RUNS.items():
-        if script.removesuffix(".py") in asked:
+        if name.split()[0] in asked:
             found[name] = measured(script, threads)
             write_json(path, found)
     figures.main([])

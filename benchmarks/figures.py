@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import decode
+import kernels_cpu
 import prefill
 from timing import table
-
-import kernels
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -80,8 +79,8 @@ PEERS = ("folded", "enable_gqa")
 TABLES: dict[str, Callable[[dict[str, Any]], dict[str, str]]] = {
     "decode": decode.tables,
     "decode on two threads": decode.tables,
-    "kernels": kernels.tables,
-    "kernels on two threads": kernels.tables,
+    "kernels": kernels_cpu.tables,
+    "kernels on two threads": kernels_cpu.tables,
     "prefill": prefill.tables,
     "kernels on a GPU": gpu_tables,
 }

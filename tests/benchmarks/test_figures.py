@@ -14,7 +14,7 @@ def figures(monkeypatch):
     import figures
 
     yield figures
-    for name in ("figures", "decode", "kernels", "prefill", "timing"):
+    for name in ("figures", "decode", "kernels_cpu", "prefill", "timing"):
         sys.modules.pop(name, None)
 
 

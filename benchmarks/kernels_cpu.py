@@ -1,6 +1,6 @@
 """What one layer's attention costs a new token on a CPU, over every kind of store.
 
-    python benchmarks/kernels.py [--tokens 16384 65536] [--rounds 5] [--threads 1] [--json FILE]
+    python benchmarks/kernels_cpu.py [--tokens 16384 65536] [--rounds 5] [--threads 1] [--json FILE]
 
 32/8 heads of 128 over random tokens, against torch's SDPA in float32 with the query group folded into query rows, and
 as transformers calls it, `enable_gqa`; the bytes that are read a second over those that a copy of a large buffer reads

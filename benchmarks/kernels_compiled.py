@@ -179,7 +179,7 @@ def rows(arch: int, D: int, R: int) -> Iterator[dict[str, Any]]:
     full = decode_attention.FullKV(*torch.zeros(2, 1, G, S, D, dtype=torch.bfloat16).unbind(0))
     exact = decode_attention.FullKV(full.keys.float(), full.values.float())
     quantise = functools.partial(quantize_kv.quantize_kv, *full, unit_tokens=64, group_channels=min(64, D // 2))
-    codes = {bits: quantise(bits, backend="torch") for bits in (8, 4)}
+    codes = {bits: quantise(bits, backend="torch") for bits in (8, 4, 2)}
     byte, scale = torch.zeros(1, G, S, D, dtype=torch.uint8), torch.ones(1, G, S // 64)
     lengths, mask = torch.full((1, G), S), torch.ones(1, 1, S, dtype=torch.bool)
     pages = torch.zeros(1, G, 32, dtype=torch.int64)
@@ -205,17 +205,19 @@ def rows(arch: int, D: int, R: int) -> Iterator[dict[str, Any]]:
         "decode int8, mask, probs": (codes_of(8, visible=mask[:, :, None], with_probs=True), 1.0),
         "decode int4": (codes_of(4), 0.5),
         "decode int4, mask, probs": (codes_of(4, visible=mask[:, :, None], with_probs=True), 0.5),
+        "decode int2": (codes_of(2), 0.5),
     }
     for name, (call, number_bytes) in decodes.items():
         launch = record(call)[0]
         tight = D == 128 and R <= 8
         numbers = 2 * launch.arguments["TILE"] * D
+        tight = tight and name != "decode int2"  # its products waste as many as it has, and nothing is made in pairs
         budget = number_bytes * PER_BYTE * (WITH_PROBS if "probs" in name else 1.0)
         yield describe(name, launch, numbers, budget if tight else None, arch)
     merge, normalise = record(decode(full, with_mass=True))[1:]
     yield describe("merge splits", merge, merge.arguments["SPLITS"] * D, None, arch)
     yield describe("normalise rows", normalise, split_tokens.PROBS_TOKENS, None, arch)
-    for bits in (8, 4):
+    for bits in (8, 4, 2):
         blocks = {"keys": 64 * quantize_kv.KEY_CHANNELS, "values": quantize_kv.VALUE_TOKENS * D}
         for (kind, numbers), launch in zip(blocks.items(), record(lambda bits=bits: quantise(bits))):
             yield describe(f"quantise {kind}, int{bits}", launch, numbers, QUANTISE if D == 128 else None, arch)

@@ -48,6 +48,7 @@ from pikv_kernels.page_scores import page_scores, page_topk
 from pikv_kernels.quantize_kv import quantize_kv
 from pikv_kernels.split_tokens import Launch
 
+BITS = (8, 4, 2)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 16
 UNIT = 64
@@ -94,6 +95,10 @@ class Inputs:
     @cached_property
     def int4(self) -> dict[str, torch.Tensor]:
         return self.quantised(4, "torch")
+
+    @cached_property
+    def int2(self) -> dict[str, torch.Tensor]:
+        return self.quantised(2, "torch")
 
     def quantised(self, bits: int, backend: str) -> dict[str, torch.Tensor]:
         channels = next(width for width in range(min(UNIT, self.D), 0, -1) if self.D % width == 0)
@@ -217,7 +222,7 @@ def check_pages(inputs: Inputs) -> Iterator[dict[str, Any]]:
 
 
 def check_quantize(inputs: Inputs, bits: int) -> Iterator[dict[str, Any]]:
-    expected = inputs.int8 if bits == 8 else inputs.int4
+    expected = getattr(inputs, f"int{bits}")
     for name, ours in inputs.quantised(bits, "triton").items():
         share = (ours != expected[name]).double().mean().item()
         allowed = 2e-3 if name.endswith("codes") else 0.0
@@ -327,7 +332,7 @@ def timed_ops(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Callable[[], A
 
     yield "SDPA enable_gqa", unfolded, lambda: bytes_of(*inputs.full)
     yield "SDPA folded", folded, lambda: bytes_of(*inputs.full)
-    for store, name in (("full", "bfloat16"), ("float8", "fp8"), ("int8", "int8"), ("int4", "int4")):
+    for store, name in (("full", "bfloat16"), ("float8", "fp8"), *((f"int{bits}", f"int{bits}") for bits in BITS)):
         yield f"decode {name}", decode(store), lambda store=store: bytes_of(*parts_of(inputs, store))
         if name != "fp8":
             yield (
@@ -339,14 +344,14 @@ def timed_ops(inputs: Inputs) -> Iterator[tuple[str, Callable[[], Callable[[], A
     yield "page top-k", topk, lambda: 4 * B * G * S // PAGE
     yield "attend pages", pages, lambda: selected
     yield "quest", quest, lambda: bytes_of(*inputs.bounds) + selected
-    for bits in (8, 4):
+    for bits in BITS:
         yield (
             f"quantise int{bits}",
             lambda bits=bits: lambda: inputs.quantised(bits, "triton"),
             lambda bits=bits: bytes_of(*inputs.full, *parts_of(inputs, f"int{bits}")),
         )
     codes_read = inputs.units.shape[2] * UNIT * D * 2 * B * G
-    for bits in (8, 4):
+    for bits in BITS:
         yield (
             f"attend units int{bits}",
             lambda bits=bits: decoding(inputs, f"int{bits}", False, inputs.units),
@@ -576,14 +581,14 @@ def do_checks(run: Run, inputs: Inputs) -> None:
     for name, store in (("bfloat16", "full"), ("fp8", "float8")):
         run.check(f"decode {name}", lambda store=store: check_store(inputs, getattr(inputs, store), inputs.query, 1e-2))
     run.check("attend bfloat16", lambda: check_rows(inputs))
-    for bits in (8, 4):
+    for bits in BITS:
         codes = f"int{bits}"
         run.check(
             f"attend {codes}",
             lambda bits=bits, codes=codes: check_codes(inputs, getattr(inputs, codes), bits, inputs.query),
         )
     run.check("pages", lambda: check_pages(inputs))
-    for bits in (8, 4):
+    for bits in BITS:
         run.check(f"quantise int{bits}", lambda bits=bits: check_quantize(inputs, bits))
     run.check("compact", lambda: check_compact(inputs))
 

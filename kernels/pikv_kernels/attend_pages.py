@@ -45,12 +45,13 @@ def define_attend_pages(
     """Do as `attend_pages` does, plainly: gather the tokens and attend over them in float32."""
     (B, H, D), (G, S) = query.shape, store.keys.shape[1:3]
     if pages.numel() * S == 0:
-        return as_decoded(see_nothing(query.unflatten(1, (G, -1)), S, with_probs=False))
+        return as_decoded(see_nothing(query.unflatten(1, (G, -1)), store.values.shape[3], S, with_probs=False))
     token = (pages[..., None] * page_tokens + torch.arange(page_tokens, device=pages.device)).flatten(2)
     end = torch.full((B, G), S, device=pages.device) if lengths is None else lengths.clamp(max=S)
     visible = (token >= 0) & (token < end[:, :, None])
-    rows = token.clamp(0, S - 1)[..., None].expand(-1, -1, -1, D)
-    keys, values = (x.gather(2, rows).float().masked_fill(~visible[..., None], 0.0) for x in store)
+    rows = token.clamp(0, S - 1)[..., None]
+    picked = (x.gather(2, rows.expand(-1, -1, -1, x.shape[3])).float() for x in store)
+    keys, values = (x.masked_fill(~visible[..., None], 0.0) for x in picked)
     rows_of_query = query.float().view(B, G, H // G, D)
     part = partial_attention(rows_of_query, keys, values, visible[:, :, None], scale)
-    return Decoded(part.output.view(B, H, D).to(query.dtype), part.lse.view(B, H), None)
+    return Decoded(part.output.view(B, H, -1).to(query.dtype), part.lse.view(B, H), None)

@@ -1,8 +1,8 @@
 """Attention of one new token over a store of keys and values: in full precision, or in 8-bit floats.
 
 The kernel splits the tokens over programs and merges by log-sum-exp (flash-decoding); `decode_codes` reads codes.
-Shapes: B batch, G key/value heads, R query rows of a head's group, H = G·R, S stored tokens, D head dim, P pages,
-U units of tokens that share a scale.
+Shapes: B batch, G key/value heads, R query rows of a head's group, H = G·R, S stored tokens, D channels of a key, V of
+a value, P pages, U units of tokens that share a scale.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def define_decode_attention(
     rows = query.float().unflatten(1, (keys.shape[1], -1))
     S = keys.shape[2]
     if S == 0:
-        return as_decoded(see_nothing(rows.to(query.dtype), S, with_mass))
+        return as_decoded(see_nothing(rows.to(query.dtype), values.shape[3], S, with_mass))
     visible = None
     if lengths is not None:
         visible = torch.arange(S, device=keys.device) < lengths[:, :, None]
@@ -159,15 +159,16 @@ def _attend_split(
     query, keys, values, key_scale, value_scale, pages, lengths, mask, partial, partial_lse, probs,
     num_tokens, num_listed, split_tokens, scale, softcap, G, stride_kb, stride_kg, stride_kt,
     stride_vb, stride_vg, stride_vt, stride_mb, stride_mg,
-    R: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
-    PAGE: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CAP: tl.constexpr,
-    UNIT: tl.constexpr, WITH_PROBS: tl.constexpr, UPCAST: tl.constexpr,
+    R: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, V: tl.constexpr,
+    VALUE_COLUMNS: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_CAP: tl.constexpr, UNIT: tl.constexpr, WITH_PROBS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # One program a key/value head and split. Walked are listed tokens: those of the pages, or all (PAGE 0).
     head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     row, column, offset = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, TILE)
-    real, inside = row < R, column < D
+    value_column = tl.arange(0, VALUE_COLUMNS)
+    real, inside, value_inside = row < R, column < D, value_column < V
     there = real[:, None] & inside[None, :]
     q = tl.load(query + (head * R + row[:, None]) * D + column[None, :], mask=there, other=0.0)
     if UNIT:  # e4m3, whose scales that many tokens share
@@ -188,7 +189,7 @@ def _attend_split(
         last = tl.minimum(last, end)
     highest = tl.full([ROWS], -1.0e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    output = tl.zeros([ROWS, COLUMNS], tl.float32)
+    output = tl.zeros([ROWS, VALUE_COLUMNS], tl.float32)
     for start in range(first, last, TILE):
         listed = start + offset
         seen = listed < last
@@ -199,12 +200,10 @@ def _attend_split(
             seen = seen & (page >= 0) & (token < end)
         if HAS_MASK:
             seen = seen & (tl.load(mask + token, mask=seen, other=0) != 0)
-        if COLUMNS == D:
-            stored = seen[:, None]
-        else:
-            stored = seen[:, None] & inside[None, :]
+        stored = seen[:, None] if COLUMNS == D else seen[:, None] & inside[None, :]
         k = tl.load(keys + token[:, None] * stride_kt + column[None, :], mask=stored, other=0)
-        v = tl.load(values + token[:, None] * stride_vt + column[None, :], mask=stored, other=0)
+        stored = seen[:, None] if VALUE_COLUMNS == V else seen[:, None] & value_inside[None, :]
+        v = tl.load(values + token[:, None] * stride_vt + value_column[None, :], mask=stored, other=0)
         if UNIT:
             unit = head * (num_tokens // UNIT) + token // UNIT
             k, v = _from_e4m3(k, UPCAST), _from_e4m3(v, UPCAST)
@@ -228,7 +227,8 @@ def _attend_split(
         output = output * fade[:, None] + dot(weight.to(v.dtype), v, UPCAST)
     output = output / tl.where(total > 0, total, 1.0)[:, None]
     at = (head * R + row) * tl.num_programs(1) + split
-    tl.store(partial + at[:, None] * D + column[None, :], output, mask=there)
+    outputs = partial + at[:, None] * V + value_column[None, :]
+    tl.store(outputs, output, mask=real[:, None] & value_inside[None, :])
     tl.store(partial_lse + at, tl.where(total > 0, highest + tl.log2(total), float("-inf")), mask=real)
 
 
@@ -242,8 +242,8 @@ def _launch(rows: int, head_dim: int, dtype: torch.dtype, by_pages: bool) -> Lau
 
 
 def what_hinders(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> str | None:
-    """Return why the kernel cannot attend query [B,G,R,D] over keys and values [B,G,S,D], None where it can."""
-    if query.shape[3] > 256 or keys.shape != values.shape:
+    """Return why the kernel cannot attend query [B,G,R,D] over keys [B,G,S,D], values [B,G,S,V]; None where it can."""
+    if max(query.shape[3], values.shape[3]) > 256:
         return "no kernel for these head dims"
     return None
 
@@ -259,7 +259,7 @@ def attend_on_gpu(
     pages: torch.Tensor | None = None,
     page_tokens: int = 0,
 ) -> Partial:
-    """Attend query [B,G,R,D] by the kernel; `visible` bool [B,1|G,1,S], None for all.
+    """Attend query [B,G,R,D] by the kernel, in the keys' precision; `visible` bool [B,1|G,1,S], None for all.
 
     lengths: tokens [B,G] that a head sees of the first ones. pages: [B,G,P] that are read alone, without probs, in any
     order, each once; -1 is none. What is stored of tokens not seen may be NaN.
@@ -271,30 +271,30 @@ def attend_on_gpu(
         unit_tokens = keys.shape[2] // max(1, key_scale.shape[2])
     else:
         (keys, values), key_scale, value_scale, unit_tokens = store, None, None, 0
-    (B, G, R, D), S = query.shape, keys.shape[2]
+    (B, G, R, D), (S, V) = query.shape, values.shape[2:]
     query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (query.contiguous(), keys, values))
     exact = keys.dtype == torch.float32
     rows = next_power(R, 1 if exact else LEAST_ROWS)
-    launch = _launch(rows, D, keys.dtype, pages is not None)
+    launch = _launch(rows, max(D, V), keys.dtype, pages is not None)
     tile = launch.tile
     listed = S if pages is None else pages.shape[2] * page_tokens
     if listed * S * B * G == 0:
-        return see_nothing(query, S, with_probs)
+        return see_nothing(query, V, S, with_probs)
     if pages is not None:
         pages = pages.contiguous()
     if lengths is not None:
         lengths = lengths.to(torch.int32).contiguous()
     if visible is not None and visible.stride(-1) != 1:
         visible = visible.contiguous()
-    space = plan_splits(query, listed, launch, S if with_probs else None)
+    space = plan_splits(query, V, listed, launch, S if with_probs else None)
     _attend_split[(B * G, space.num_splits)](
         query, keys, values, key_scale, value_scale, pages, lengths,
         visible if visible is None else visible.view(torch.uint8), *space[1:],
         S, listed, space.split_tokens, scale * LOG2E, (softcap or 0.0) * LOG2E, G,
         *keys.stride()[:3], *values.stride()[:3], *mask_strides(visible),
-        R=R, ROWS=rows, D=D, COLUMNS=next_power(D, LEAST_CHANNELS), TILE=tile,
-        PAGE=page_tokens, HAS_LENGTHS=lengths is not None, HAS_MASK=visible is not None, HAS_CAP=softcap is not None,
-        UNIT=unit_tokens, WITH_PROBS=with_probs, UPCAST=INTERPRETED,
-        num_warps=launch.num_warps, num_stages=launch.num_stages,
+        R=R, ROWS=rows, D=D, COLUMNS=next_power(D, LEAST_CHANNELS), V=V,
+        VALUE_COLUMNS=next_power(V, LEAST_CHANNELS), TILE=tile, PAGE=page_tokens, HAS_LENGTHS=lengths is not None,
+        HAS_MASK=visible is not None, HAS_CAP=softcap is not None, UNIT=unit_tokens, WITH_PROBS=with_probs,
+        UPCAST=INTERPRETED, num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     return merge_splits(space, query.dtype, lengths)

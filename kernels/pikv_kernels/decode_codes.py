@@ -1,13 +1,14 @@
-"""Attention of one new token over KIVI's codes of 8 or 4 bits, as the cache stores them: the Triton kernel.
+"""Attention of one new token over KIVI's codes of 8, 4 or 2 bits, as the cache stores them: the Triton kernel.
 
 Products run on the codes themselves, centred at zero, since a common offset would drown them in 16-bit operands. Key
 scales are folded into the query and value scales into the softmax weights. Two bytes are read at a time: of keys, whose
 bytes run along the tokens, they are tokens 2j and 2j + 1 of a unit, at 4 bits each with the one T/2 later; of values
-channels 2j, 2j + V/2, 2j + 1 and 2j + 1 + V/2. A tile is a unit, its tokens in the order in which keys give them. The
-numbers are made two at a time by setting an exponent's bits over the code's, without a conversion; the interpreter,
-which knows no assembly, makes them plainly. Tokens are the rows of the products, so that few query heads waste little.
-Shapes: B batch, G key/value heads, R query rows of a head's group, U units of T tokens, K units that are read, D head
-dim, C groups of a value's channels.
+channels 2j, 2j + V/2, 2j + 1 and 2j + 1 + V/2. At 2 bits it is one byte, of four quarters. A tile is a unit, its tokens
+in the order in which keys give them. The numbers are made by setting an exponent's bits over the code's, without a
+conversion, and above 2 bits two at a time; the interpreter, which knows no assembly, makes them plainly. Tokens are the
+rows of the products, so that few query heads waste little.
+Shapes: B batch, G key/value heads, R query rows of a head's group, U units of T tokens, K units that are read, D
+channels of a key, V of a value, C groups of these.
 """
 
 from __future__ import annotations
@@ -106,6 +107,9 @@ VALUES_8_BITS = constexpr("""{
 }""")
 
 
+OVER_256, OVER_32 = constexpr(0x5C00), constexpr(0x4200)  # float16 and bfloat16, whose third last bit is a 1
+
+
 @jit
 def _plain_codes(low, high, BITS: tl.constexpr):
     """Return the four quarters, centred, as float32."""
@@ -120,12 +124,31 @@ def _plain_codes(low, high, BITS: tl.constexpr):
 
 
 @jit
-def _multiply_keys(pairs, q, BITS: tl.constexpr, PLAIN: tl.constexpr):
-    """Return the products [TILE,ROWS] of the centred codes of pairs of bytes [J,D] with query rows [D,ROWS].
+def _crumb(bytes_, place: tl.constexpr, DTYPE: tl.constexpr, PLAIN: tl.constexpr):
+    """Return the codes of 2 bits at a place in bytes, less 1.5, their mean: set behind 256, or 32 in bfloat16."""
+    fours = ((bytes_ << 2) if place == 0 else (bytes_ >> 2 * place - 2)) & 12
+    if PLAIN:
+        return fours.to(tl.float32) * 0.25 - 1.5
+    else:
+        OVER: tl.constexpr = OVER_256 if DTYPE == tl.float16 else OVER_32
+        LESS: tl.constexpr = 257.5 if DTYPE == tl.float16 else 33.5
+        return (fours.to(tl.int16) | OVER).to(DTYPE, bitcast=True) - tl.full([], LESS, DTYPE)
 
-    At 4 bits row 4j + 2p + q is token 2j + p·T/2 + q of the unit, at 8 bits row j is token j.
+
+@jit
+def _multiply_keys(pairs, q, BITS: tl.constexpr, PLAIN: tl.constexpr):
+    """Return the products [TILE,ROWS] of the centred codes of bytes or pairs of them [J,D] with query rows [D,ROWS].
+
+    At 2 bits row 4j + 2p + q of bytes is token j + (2p + q)·T/4 of the unit, at 4 bits, of pairs, 2j + p·T/2 + q, and
+    at 8 bits row j is token j.
     """
-    if BITS == 4:
+    if BITS == 2:
+        k0, k1 = _crumb(pairs, 0, tl.float16, PLAIN), _crumb(pairs, 1, tl.float16, PLAIN)
+        k2, k3 = _crumb(pairs, 2, tl.float16, PLAIN), _crumb(pairs, 3, tl.float16, PLAIN)
+        even = tl.join(dot(k0, q, PLAIN), dot(k2, q, PLAIN))
+        odd = tl.join(dot(k1, q, PLAIN), dot(k3, q, PLAIN))
+        products = tl.permute(tl.join(even, odd), (0, 2, 3, 1))
+    elif BITS == 4:
         if PLAIN:
             k0, k1, k2, k3 = _plain_codes(pairs, pairs >> 4, BITS)
         else:
@@ -144,13 +167,23 @@ def _multiply_keys(pairs, q, BITS: tl.constexpr, PLAIN: tl.constexpr):
                 KEYS_8_BITS, "=&r,=&r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
             )
         products = tl.permute(tl.join(dot(k0, q, PLAIN), dot(k1, q, PLAIN)), (0, 2, 1))
-    return tl.reshape(products, (pairs.shape[0] * (16 // BITS), q.shape[1]))
+    return tl.reshape(products, (pairs.shape[0] * (4 if BITS == 2 else 16 // BITS), q.shape[1]))
 
 
 @jit
 def _value_codes(low, high, BITS: tl.constexpr, PLAIN: tl.constexpr):
-    """Return four quarters of channels, centred, of pairs of bytes; `high`: the upper half's, at 8 bits."""
-    if PLAIN:
+    """Return four quarters of channels, centred, of bytes (2 bits) or pairs; `high`: the upper half's, at 8 bits.
+
+    The second and the fourth are of the upper half.
+    """
+    if BITS == 2:
+        return (
+            _crumb(low, 0, tl.bfloat16, PLAIN),
+            _crumb(low, 2, tl.bfloat16, PLAIN),
+            _crumb(low, 1, tl.bfloat16, PLAIN),
+            _crumb(low, 3, tl.bfloat16, PLAIN),
+        )
+    elif PLAIN:
         return _plain_codes(low, low >> 4 if BITS == 4 else high, BITS)
     elif BITS == 4:
         return tl.inline_asm_elementwise(
@@ -165,9 +198,9 @@ def _value_codes(low, high, BITS: tl.constexpr, PLAIN: tl.constexpr):
 
 
 @jit
-def _scaled(codes, scale, zero, at, channel, seen, D: tl.constexpr, C: tl.constexpr, CENTRE: tl.constexpr):
+def _scaled(codes, scale, zero, at, channel, seen, V: tl.constexpr, C: tl.constexpr, CENTRE: tl.constexpr):
     """Return the numbers [COLUMNS,TILE] that centred codes of some channels stand for, in bfloat16."""
-    group = tl.minimum(channel // (D // C), C - 1)
+    group = tl.minimum(channel // (V // C), C - 1)
     s = tl.load(scale + at[None, :] + group[:, None], mask=seen[None, :], other=0.0).to(tl.float32)
     z = tl.load(zero + at[None, :] + group[:, None], mask=seen[None, :], other=0.0).to(tl.float32)
     return (codes.to(tl.float32) * s + (z + CENTRE * s)).to(tl.bfloat16)
@@ -178,23 +211,30 @@ def _scaled(codes, scale, zero, at, channel, seen, D: tl.constexpr, C: tl.conste
 def _attend_split(
     query, key_codes, key_scale, key_zero, value_codes, value_scale, value_zero, units, mask,
     partial, partial_lse, probs, num_units, num_read, split_units, room, scale, softcap, G, stride_mb, stride_mg,
-    R: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
-    C: tl.constexpr, T: tl.constexpr, PAIRS: tl.constexpr, TILE: tl.constexpr, BITS: tl.constexpr,
-    HAS_UNITS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CAP: tl.constexpr, WITH_PROBS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    R: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, V: tl.constexpr,
+    COLUMNS: tl.constexpr, C: tl.constexpr, T: tl.constexpr, PAIRS: tl.constexpr, TILE: tl.constexpr,
+    BITS: tl.constexpr, HAS_UNITS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_CAP: tl.constexpr,
+    WITH_PROBS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     # One program a key/value head and split; a head's units begin `room` units after those of the one before.
-    ROW_PAIRS: tl.constexpr = D * BITS // 16
-    UNIT_PAIRS: tl.constexpr = T * BITS // 16
-    QUARTER: tl.constexpr = D // 4
-    HALF: tl.constexpr = D // 2
-    CENTRE: tl.constexpr = 2.0 ** (BITS - 1)
+    # What is read at a time, bytes at 2 bits and else pairs of them, holds EACH codes.
+    EACH: tl.constexpr = 4 if BITS == 2 else 16 // BITS
+    ROW_PAIRS: tl.constexpr = V // EACH
+    UNIT_PAIRS: tl.constexpr = T // EACH
+    QUARTER: tl.constexpr = V // 4
+    HALF: tl.constexpr = V // 2
+    STEP: tl.constexpr = 1 if BITS == 2 else 2
+    NEXT: tl.constexpr = QUARTER if BITS == 2 else 1
+    CENTRE: tl.constexpr = 1.5 if BITS == 2 else 2.0 ** (BITS - 1)
     head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     row, channel, column = tl.arange(0, ROWS), tl.arange(0, CHANNELS), tl.arange(0, COLUMNS)
     pair, place = tl.arange(0, PAIRS), tl.arange(0, TILE)
     real, inside = row < R, column < QUARTER
-    if BITS == 4:
+    if BITS == 2:
+        token = place // 4 + place % 4 * (T // 4)
+        whole = place < 4 * UNIT_PAIRS
+    elif BITS == 4:
         token = place // 4 * 2 + place // 2 % 2 * (T // 2) + place % 2
         whole = place < 4 * UNIT_PAIRS
     else:
@@ -270,10 +310,10 @@ def _attend_split(
         else:
             low_weight = weight.to(tl.bfloat16)
             high_weight = low_weight
-            v0 = _scaled(v0, value_scale, value_zero, rows, 2 * column, seen, D, C, CENTRE)
-            v1 = _scaled(v1, value_scale, value_zero, rows, 2 * column + HALF, seen, D, C, CENTRE)
-            v2 = _scaled(v2, value_scale, value_zero, rows, 2 * column + 1, seen, D, C, CENTRE)
-            v3 = _scaled(v3, value_scale, value_zero, rows, 2 * column + 1 + HALF, seen, D, C, CENTRE)
+            v0 = _scaled(v0, value_scale, value_zero, rows, STEP * column, seen, V, C, CENTRE)
+            v1 = _scaled(v1, value_scale, value_zero, rows, STEP * column + HALF, seen, V, C, CENTRE)
+            v2 = _scaled(v2, value_scale, value_zero, rows, STEP * column + NEXT, seen, V, C, CENTRE)
+            v3 = _scaled(v3, value_scale, value_zero, rows, STEP * column + NEXT + HALF, seen, V, C, CENTRE)
         o0 = o0 * fade[None, :] + dot(v0, low_weight, UPCAST)
         o1 = o1 * fade[None, :] + dot(v1, high_weight, UPCAST)
         o2 = o2 * fade[None, :] + dot(v2, low_weight, UPCAST)
@@ -282,23 +322,24 @@ def _attend_split(
         high_zero = low_zero
     whole_share = 1.0 / tl.where(total > 0, total, 1.0)[None, :]
     at = (head * R + row) * tl.num_programs(1) + split
-    outputs = partial + at[None, :] * D + 2 * column[:, None]
+    outputs = partial + at[None, :] * V + STEP * column[:, None]
     there = real[None, :] & inside[:, None]
     tl.store(outputs, (o0 + low_zero[None, :]) * whole_share, mask=there)
     tl.store(outputs + HALF, (o1 + high_zero[None, :]) * whole_share, mask=there)
-    tl.store(outputs + 1, (o2 + low_zero[None, :]) * whole_share, mask=there)
-    tl.store(outputs + 1 + HALF, (o3 + high_zero[None, :]) * whole_share, mask=there)
+    tl.store(outputs + NEXT, (o2 + low_zero[None, :]) * whole_share, mask=there)
+    tl.store(outputs + NEXT + HALF, (o3 + high_zero[None, :]) * whole_share, mask=there)
     tl.store(partial_lse + at, tl.where(total > 0, highest + tl.log2(total), float("-inf")), mask=real)
 
 
 def what_hinders(query: torch.Tensor, codes: Mapping[str, torch.Tensor], bits: int) -> str | None:
     """Return why the kernel cannot attend query [B,G,R,D] over these codes, None where it can."""
     T, D = codes["value_codes"].shape[3], query.shape[3]
-    if bits not in (4, 8):
+    V = codes["value_codes"].shape[4] * 8 // bits
+    if bits not in (2, 4, 8):
         return f"no kernel for codes of {bits} bits"
     if T not in (16, 32, 64, 128):
         return f"no kernel for units of {T} tokens"
-    if D % 4 or D > 256 or codes["value_codes"].shape[4] * 8 != D * bits:
+    if V % 4 or max(D, V) > 256:
         return "no kernel for these head dims"
     if query.shape[2] > MOST_ROWS:
         return f"no kernel for more than {MOST_ROWS} query rows"
@@ -318,27 +359,29 @@ def decode_codes(
     """Attend query [B,G,R,D] over codes by the kernel; the arguments are those of `attend_codes`."""
     B, G, R, D = query.shape
     U, T, C = codes["value_scale"].shape[2:]
+    V = codes["value_codes"].shape[4] * 8 // bits
+    each, element = (4, torch.uint8) if bits == 2 else (16 // bits, torch.int16)
     if units is not None:
         units = units.contiguous()
     num_read = U if units is None else units.shape[2]
     if num_read * U * B * G == 0:
-        return see_nothing(query, U * T, with_probs)
+        return see_nothing(query, V, U * T, with_probs)
     parts, room = _in_place([codes[name] for name in PARTS])
     rows = next_power(R, LEAST_ROWS)
     few_heads = FEW_HEADS_4_BITS if bits == 4 else FEW_HEADS_8_BITS
-    launch = (WIDE_HEADS if D > 128 else MANY_HEADS if rows > LEAST_ROWS else few_heads)._replace(tile=T)
-    space = plan_splits(query, num_read * T, launch, U * T if with_probs else None)
-    pairs = max(LEAST_TOKENS, T * bits // 16)
+    launch = (WIDE_HEADS if max(D, V) > 128 else MANY_HEADS if rows > LEAST_ROWS else few_heads)._replace(tile=T)
+    space = plan_splits(query, V, num_read * T, launch, U * T if with_probs else None)
+    pairs = max(LEAST_TOKENS, T // each)
     if visible is not None and visible.stride(-1) != 1:
         visible = visible.contiguous()
     _attend_split[(B * G, space.num_splits)](
-        query.contiguous(), *(x.view(torch.int16) if x.dtype == torch.uint8 else x for x in parts), units,
+        query.contiguous(), *(x.view(element) if x.dtype == torch.uint8 else x for x in parts), units,
         visible if visible is None else visible.view(torch.uint8), *space[1:],
         U, num_read, space.split_tokens // T, room, scale * LOG2E, (softcap or 0.0) * LOG2E, G, *mask_strides(visible),
-        R=R, ROWS=rows, D=D, CHANNELS=next_power(D, LEAST_CHANNELS), COLUMNS=next_power(D // 4, LEAST_CHANNELS),
-        C=C, T=T, PAIRS=pairs, TILE=pairs * 16 // bits, BITS=bits, HAS_UNITS=units is not None,
-        HAS_MASK=visible is not None, HAS_CAP=softcap is not None, WITH_PROBS=with_probs, UPCAST=INTERPRETED,
-        num_warps=launch.num_warps, num_stages=launch.num_stages,
+        R=R, ROWS=rows, D=D, CHANNELS=next_power(D, LEAST_CHANNELS), V=V,
+        COLUMNS=next_power(V // 4, LEAST_CHANNELS), C=C, T=T, PAIRS=pairs, TILE=pairs * each, BITS=bits,
+        HAS_UNITS=units is not None, HAS_MASK=visible is not None, HAS_CAP=softcap is not None, WITH_PROBS=with_probs,
+        UPCAST=INTERPRETED, num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     return merge_splits(space, query.dtype, None)
 

@@ -50,7 +50,7 @@ def quantize_kv(
 
 
 def _what_hinders(channels: int, bits: int, unit_tokens: int, group_channels: int) -> str | None:
-    if bits not in (4, 8):
+    if bits not in (2, 4, 8):
         return f"no kernel for codes of {bits} bits"
     if unit_tokens not in (16, 32, 64, 128):
         return f"no kernel for units of {unit_tokens} tokens"
@@ -143,11 +143,10 @@ def _store_codes(codes, low, high, there, HALF: tl.constexpr, BITS: tl.constexpr
 @jit
 def _quantize_keys(
     keys, codes, scale, zero, G, stride_b, stride_g, stride_t,
-    D: tl.constexpr, T: tl.constexpr, CHANNELS: tl.constexpr, BITS: tl.constexpr,
+    D: tl.constexpr, T: tl.constexpr, CHANNELS: tl.constexpr, BITS: tl.constexpr, HIGHEST: tl.constexpr,
 ):  # fmt: skip
     # One program a key/value head, unit and block of channels.
     HALF: tl.constexpr = T // 2
-    HIGHEST: tl.constexpr = 2.0**BITS - 1.0
     head = tl.program_id(0).to(tl.int64)
     unit = tl.program_id(1)
     row, channel = tl.arange(0, HALF), tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -173,11 +172,10 @@ def _quantize_keys(
 def _quantize_values(
     values, codes, scale, zero, num_tokens, G, stride_b, stride_g, stride_t,
     V: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr,
-    TOKENS: tl.constexpr, BITS: tl.constexpr,
+    TOKENS: tl.constexpr, BITS: tl.constexpr, HIGHEST: tl.constexpr,
 ):  # fmt: skip
     # One program a key/value head and block of tokens, whose halves are groups of WIDTH channels each.
     HALF: tl.constexpr = V // 2
-    HIGHEST: tl.constexpr = 2.0**BITS - 1.0
     head = tl.program_id(0).to(tl.int64)
     token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
     group, column = tl.arange(0, GROUPS)[None, :, None], tl.arange(0, COLUMNS)[None, None, :]
@@ -215,28 +213,32 @@ def _quantize_on_gpu(
     B, G, S, D = keys.shape
     T, V = unit_tokens, values.shape[3]
     U, C = S // T, V // group_channels
+    stored = 8 if bits == 2 else bits  # codes of 2 bits are packed afterwards
+    sizes = {"BITS": stored, "HIGHEST": 2.0**bits - 1.0}
     keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
 
     def empty(*last: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         return keys.new_empty(B, G, U, *last, dtype=dtype)
 
     codes = {
-        "key_codes": empty(D, T * bits // 8, dtype=torch.uint8),
+        "key_codes": empty(D, T * stored // 8, dtype=torch.uint8),
         "key_scale": empty(D),
         "key_zero": empty(D),
-        "value_codes": empty(T, V * bits // 8, dtype=torch.uint8),
+        "value_codes": empty(T, V * stored // 8, dtype=torch.uint8),
         "value_scale": empty(T, C),
         "value_zero": empty(T, C),
     }
     of_keys, of_values = ([codes[f"{kind}_{part}"] for part in ("codes", "scale", "zero")] for kind in ("key", "value"))
     if B * G * U:
         _quantize_keys[(B * G, U, triton.cdiv(D, KEY_CHANNELS))](
-            keys, *of_keys, G, *keys.stride()[:3], D=D, T=T, CHANNELS=KEY_CHANNELS, BITS=bits, num_warps=max(1, T // 32)
+            keys, *of_keys, G, *keys.stride()[:3], D=D, T=T, CHANNELS=KEY_CHANNELS, **sizes, num_warps=max(1, T // 32)
         )
         width = min(group_channels, V // 2)
         _quantize_values[(B * G, triton.cdiv(S, VALUE_TOKENS))](
             values, *of_values, S, G, *values.stride()[:3],
             V=V, C=C, WIDTH=width, GROUPS=next_power(V // 2 // width), COLUMNS=next_power(width),
-            TOKENS=VALUE_TOKENS, BITS=bits, num_warps=max(1, next_power(V) // 64),
+            TOKENS=VALUE_TOKENS, **sizes, num_warps=max(1, next_power(V) // 64),
         )  # fmt: skip
+    if stored != bits:
+        codes |= {name: pack(codes[name], bits) for name in ("key_codes", "value_codes")}
     return codes

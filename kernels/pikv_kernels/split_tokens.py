@@ -100,7 +100,7 @@ def _normalise(probs, lse, lengths, num_tokens, R, BLOCK: tl.constexpr, HAS_LENG
 class Workspace(NamedTuple):
     """What the programs of an attention write: outputs and log-sum-exps of splits, and logits where probs are wanted.
 
-    partial: [B,G,R,splits,D]; partial_lse: [B,G,R,splits]; probs: [B,G,R,S].
+    partial: [B,G,R,splits,V]; partial_lse: [B,G,R,splits]; probs: [B,G,R,S].
     """
 
     split_tokens: int
@@ -113,9 +113,14 @@ class Workspace(NamedTuple):
         return self.partial.shape[3]
 
 
-def plan_splits(query: torch.Tensor, num_tokens: int, launch: Launch, probs_tokens: int | None) -> Workspace:
-    """Return the memory of an attention of query [B,G,R,D] over some tokens; probs_tokens: stored ones, with probs."""
-    B, G, R, D = query.shape
+def plan_splits(
+    query: torch.Tensor, channels: int, num_tokens: int, launch: Launch, probs_tokens: int | None
+) -> Workspace:
+    """Return the memory of an attention of query [B,G,R,·] over some tokens, whose values have `channels`.
+
+    probs_tokens: stored ones, with probs.
+    """
+    B, G, R, _ = query.shape
     slots = count_sms(query.device) * launch.programs_per_sm
     splits = count_splits(B * G, -(-num_tokens // launch.tile), slots)
     split_tokens = -(-num_tokens // splits // launch.tile) * launch.tile
@@ -125,16 +130,16 @@ def plan_splits(query: torch.Tensor, num_tokens: int, launch: Launch, probs_toke
         return torch.empty(B, G, R, *last, dtype=torch.float32, device=query.device)
 
     return Workspace(
-        split_tokens, empty(splits, D), empty(splits), None if probs_tokens is None else empty(probs_tokens)
+        split_tokens, empty(splits, channels), empty(splits), None if probs_tokens is None else empty(probs_tokens)
     )
 
 
 def merge_splits(written: Workspace, dtype: torch.dtype, lengths: torch.Tensor | None) -> Partial:
     """Return output in `dtype`, natural log-sum-exp, and what the logits come to."""
-    B, G, R, splits, D = written.partial.shape
-    output = torch.empty(B, G, R, D, dtype=dtype, device=written.partial.device)
+    B, G, R, splits, V = written.partial.shape
+    output = torch.empty(B, G, R, V, dtype=dtype, device=written.partial.device)
     lse = torch.empty(B, G, R, dtype=torch.float32, device=written.partial.device)
-    sizes = {"D": D, "COLUMNS": next_power(D), "SPLITS": next_power(splits, LEAST_SPLITS)}
+    sizes = {"D": V, "COLUMNS": next_power(V), "SPLITS": next_power(splits, LEAST_SPLITS)}
     num_warps = min(16, max(4, sizes["COLUMNS"] * sizes["SPLITS"] // 2048))
     _merge[(B * G * R,)](written.partial, written.partial_lse, output, lse, splits, **sizes, num_warps=num_warps)
     if written.probs is not None:
@@ -145,11 +150,11 @@ def merge_splits(written: Workspace, dtype: torch.dtype, lengths: torch.Tensor |
     return Partial(output, lse, written.probs)
 
 
-def see_nothing(query: torch.Tensor, num_tokens: int, with_probs: bool) -> Partial:
-    """Return what query [B,G,R,D] gets of tokens none of which it sees."""
+def see_nothing(query: torch.Tensor, channels: int, num_tokens: int, with_probs: bool) -> Partial:
+    """Return what query [B,G,R,·] gets of tokens none of which it sees, whose values have `channels`."""
     lse = torch.full(query.shape[:3], -torch.inf, device=query.device)
     probs = query.new_zeros(*query.shape[:3], num_tokens, dtype=torch.float32) if with_probs else None
-    return Partial(torch.zeros_like(query), lse, probs)
+    return Partial(query.new_zeros(*query.shape[:3], channels), lse, probs)
 
 
 def mask_strides(mask: torch.Tensor | None) -> tuple[int, int]:

@@ -16,6 +16,7 @@ RECIPES = {
     "full": {},
     "int8": {"codec": CODES | {"name": "int8"}},
     "int4": {"codec": CODES},
+    "int2": {"codec": CODES | {"name": "int2"}},
     "fp8": {"codec": {"name": "fp8", "page": 32}},
     "h2o": {"policy": "h2o", "budget": 0.5},
     "quest": QUEST,
@@ -25,7 +26,7 @@ RECIPES = {
     "h2o, int8": {"policy": "h2o", "budget": 0.5, "codec": FEW},
 }
 OPS = {"full": {"attend_tokens"}, "h2o": {"attend_tokens"}, "quest": {"attend_pages", "page_scores"}}
-OPS |= {"fp8": {"attend_float8"}, "quest, fp8": {"attend_float8", "page_scores"}}
+OPS |= {"int2": {"attend_codes"}, "fp8": {"attend_float8"}, "quest, fp8": {"attend_float8", "page_scores"}}
 QUICK = ("full", "quest, int4", "h2o, int8")
 
 

@@ -161,6 +161,24 @@ def test_one_token_by_kernels_is_the_one_over_what_codes_decode_to(rotary, name,
     assert {"before": "attend_rebuilt", "after": "attend_tokens" if name == "svd" else "attend_codes"}[rope] in ran
 
 
+@pytest.mark.parametrize("name", ["svd", "lora-int8"])
+def test_one_token_by_triton_where_the_query_is_taken_into_the_basis(rotary, name, monkeypatch):
+    monkeypatch.setattr("pikv_kernels.backends._choices", {})
+    samples = make_samples(num_tokens=128, rotary=rotary)
+    codec = fitted(samples, name, rank=8, rope="after", **({"steps": 5} if name != "svd" else {}))[0]
+    position = samples.position.expand(samples.keys.shape[:3])
+    encoded = codec.encode(samples.keys, samples.values, position)
+    query = samples.queries.unflatten(1, (2, 2))[:, :, :, 5]
+    with forced("torch"):
+        expected = codec.attend(query, encoded, position, None, 0.3, None, True)
+    with forced("triton"):
+        found = codec.attend(query, encoded, position, None, 0.3, None, True)
+    for one, two in zip(found, expected):
+        torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)
+    ran = {choice.op for choice in backend_report() if choice.backend == "triton"}
+    assert ("attend_tokens" if name == "svd" else "attend_codes") in ran
+
+
 @pytest.mark.parametrize("rope", ["after", "before"])
 def test_codes_take_the_bytes_of_the_ranks(rotary, rope):
     samples = make_samples(rotary=rotary, dtype=torch.bfloat16)

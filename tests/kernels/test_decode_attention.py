@@ -18,8 +18,8 @@ def attend_exactly(query, store, scale, lengths=None, mask=None):
     """Attend in float64, head by head and over the seen tokens alone."""
     keys, values = (x.double().cpu() for x in to_float32(store))
     query = query.double().cpu()
-    (batch, heads, D), (groups, S) = query.shape, keys.shape[1:3]
-    output, lse = torch.zeros(batch, heads, D).double(), torch.full((batch, heads), -torch.inf).double()
+    (batch, heads, _), (groups, S, V) = query.shape, values.shape[1:]
+    output, lse = torch.zeros(batch, heads, V).double(), torch.full((batch, heads), -torch.inf).double()
     mass = torch.zeros(batch, groups, S).double()
     for b in range(batch):
         for h in range(heads):
@@ -150,6 +150,13 @@ def test_slices_of_larger_buffers_are_read_in_place(device):
     query = seeded(B, 4 * G, 64, dtype=torch.float16, device=device, seed=9)
     check(query, FullKV(*(x[:, :, :70] for x in buffers)), 4e-3)
     check(query, by_token, 4e-3)
+
+
+@pytest.mark.usefixtures("three_splits")
+@pytest.mark.parametrize(("D", "V"), [(44, 64), (64, 20), (16, 96), (128, 256)])
+def test_values_of_other_channels_than_keys(D, V, device):
+    keys, values = full_store(70, D, torch.float32, device).keys, full_store(70, V, torch.float32, device).values
+    check(seeded(B, 4 * G, D, device=device, seed=9), FullKV(keys, values), 1e-5)
 
 
 def test_a_query_of_another_dtype_than_the_store(device):

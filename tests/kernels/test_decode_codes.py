@@ -47,7 +47,7 @@ def check(found, expected, tolerance=1e-2, dtype=torch.float32):
 
 @pytest.mark.usefixtures("three_splits")
 @pytest.mark.parametrize(("R", "D", "T", "channels"), SHAPES)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_every_shape(bits, R, D, T, channels, device):
     codes = {name: x[:1] for name, x in codes_of(3, D, T, channels, bits, device, room=2).items()}
     query = seeded(1, G, R, D, device=device, seed=9)
@@ -56,8 +56,20 @@ def test_every_shape(bits, R, D, T, channels, device):
 
 
 @pytest.mark.usefixtures("three_splits")
+@pytest.mark.parametrize(("D", "V"), [(44, 64), (64, 20), (16, 96)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_values_of_other_channels_than_keys(bits, D, V, device):
+    keys, values = seeded(B, G, 96, D, device=device), seeded(B, G, 96, V, device=device, seed=1)
+    codes = quantize_kv(keys, values, bits, 32, V // 2, backend="torch")
+    query = seeded(B, G, 4, D, device=device, seed=9)
+    found = attend_codes(query, codes, bits, None, SCALE, None, True, backend="triton")
+    assert found.output.shape == (B, G, 4, V)
+    check(found, expect(query, codes, bits))
+
+
+@pytest.mark.usefixtures("three_splits")
 @pytest.mark.parametrize("mask_heads", [1, G])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_masks_and_soft_caps(bits, mask_heads, device):
     codes = codes_of(4, 64, 32, 32, bits, device)
     visible = (torch.rand(B, mask_heads, 1, 128, generator=torch.Generator().manual_seed(0)) < 0.3).to(device)
@@ -74,7 +86,7 @@ def test_masks_and_soft_caps(bits, mask_heads, device):
 
 
 @pytest.mark.usefixtures("three_splits")
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_listed_units_are_read_alone(bits, device):
     codes = codes_of(5, 64, 16, 64, bits, device, room=1)
     query = seeded(B, G, 4, 64, device=device, seed=9)
@@ -93,7 +105,7 @@ def test_listed_units_are_read_alone(bits, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_queries_of_every_dtype(bits, dtype, device):
     codes = codes_of(2, 128, 64, 64, bits, device)
     query = seeded(B, G, 4, 128, dtype=dtype, device=device, seed=9)
@@ -101,7 +113,7 @@ def test_queries_of_every_dtype(bits, dtype, device):
     check(found, expect(query, codes, bits), max(1e-2, TOLERANCE[dtype]), dtype)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("size", [1e-3, 300.0])
 def test_small_and_large_values(size, bits, device):
     keys, values = (seeded(B, G, 128, 64, device=device, seed=seed) for seed in (0, 1))
@@ -132,5 +144,5 @@ def test_what_the_kernel_cannot_read_is_refused_with_the_reason(device):
         choose_for_codes(query, codes_of(1, 64, 64, 32, 8, device), 8, "triton")
     with pytest.raises(ValueError, match="units of 48 tokens"):
         choose_for_codes(query, codes_of(1, 64, 48, 32, 8, device), 8, "triton")
-    with pytest.raises(ValueError, match="codes of 2 bits"):
-        choose_for_codes(query, codes_of(1, 64, 64, 32, 2, device), 2, "triton")
+    with pytest.raises(ValueError, match="codes of 3 bits"):
+        choose_for_codes(query, codes_of(1, 64, 64, 32, 3, device), 3, "triton")

@@ -25,7 +25,7 @@ SHAPES = [(64, 64, 64), (64, 80, 40), (32, 96, 24), (128, 128, 128), (16, 256, 6
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "D", "channels"), SHAPES)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_kernels_equal_the_definition(bits, T, D, channels, dtype, device):
     keys, values = numbers(2 * T, D, dtype, device)
     found, expected = (quantize_kv(keys, values, bits, T, channels, backend=name) for name in ("triton", "torch"))

@@ -104,3 +104,14 @@ def test_all_8_bit_floats_become_their_numbers():
     found = torch.cat([halves(low, torch.float16), halves(high, torch.float16)], -1) * 256
     expected = torch.stack([order.to(torch.uint8).view(torch.float8_e4m3fn).double() for order in orders], -1)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("over", "dtype", "least"),
+    [(decode_codes.OVER_256, torch.float16, 256.0), (decode_codes.OVER_32, torch.bfloat16, 32.0)],
+)
+def test_codes_of_2_bits_are_set_behind_a_number_of_which_they_are_whole_steps(over, dtype, least):
+    fours = 4 * torch.arange(4, dtype=torch.int16)
+    numbers = (fours | getattr(over, "value", over)).view(dtype)
+    assert torch.equal(numbers.float(), least + torch.arange(4))
+    assert torch.equal((numbers - (least + 1.5)).float(), torch.arange(4) - 1.5)

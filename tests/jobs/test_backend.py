@@ -7,10 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-import transformers
 from kernel_checks import CPU
 from operation_recorder import record
-from small_models import CONFIGS
 
 from pikv_cli import app
 from pikv_core import recipes
@@ -19,7 +17,6 @@ from pikv_core.cache.backend import attending_by
 from pikv_core.compression import CODECS
 from pikv_core.compression.base import Codec
 from pikv_core.compression.none import Plain
-from pikv_core.data.recall import Recall
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.model import generation
 from pikv_core.model.loading import load_model
@@ -52,19 +49,6 @@ def shelved(monkeypatch):
 
         def decode(self, encoded, position, dtype):
             return encoded["keys"].flatten(2, 3), encoded["values"].flatten(2, 3)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model with the recall task's words."""
-    made = tmp_path_factory.mktemp("model")
-    source = Recall().open(None, 0, [], None, Reporter())
-    config = CONFIGS["llama"]()
-    config.vocab_size = source.vocab_size
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(made)
-    source.save(made)
-    return made
 
 
 @pytest.fixture
@@ -126,8 +110,7 @@ def test_what_is_no_backend_or_has_no_machine_is_refused(pikv, tmp_path, monkeyp
 
 @CPU
 def test_codes_that_triton_does_not_read_are_refused_before_any_work(pikv, tmp_path):
-    for codec, why in (("int2", "codes of 2 bits"), ("levels", "codes of 9 bits")):
-        refused(pikv, tmp_path, 2, why, "generate", PROMPT, "--backend", "triton", "--codec", codec)
+    refused(pikv, tmp_path, 2, "codes of 9 bits", "generate", PROMPT, "--backend", "triton", "--codec", "levels")
 
 
 def test_a_dtype_or_codec_without_a_kernel_is_refused_before_any_work(pikv, tmp_path, monkeypatch, shelved):

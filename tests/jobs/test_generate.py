@@ -11,34 +11,18 @@ import pytest
 import small_calibration
 import torch
 import transformers
-from small_models import CONFIGS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pikv_cli import app
 from pikv_core import recipes
 from pikv_core.cache import calibration
 from pikv_core.components import Component
-from pikv_core.data.recall import Recall
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.jobs import generate
 from pikv_core.runs import Reporter, Run
 
 ROOT = Path(__file__).parent.parent.parent
 PROMPT = "f1 f2 k3 v4 f5 f6 f7 k3"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A run folder with a model."""
-    run = tmp_path_factory.mktemp("run")
-    source = Recall().open(None, 0, [], None, Reporter())
-    config = CONFIGS["llama"]()
-    config.vocab_size = source.vocab_size
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(run / "model")
-    source.save(run / "model")
-    return run
 
 
 class Collected(Reporter):

@@ -10,28 +10,12 @@ import time
 import pytest
 import torch
 import transformers
-from small_models import CONFIGS
 
 from pikv_cli import app
-from pikv_core.data.recall import Recall
 from pikv_core.model import generation
-from pikv_core.runs import Reporter
 
 PROMPT = " ".join(f"f{number} k{number % 7} v{number % 5}" for number in range(20))
 METHODS = [("full", "1.0"), ("h2o", "0.4"), ("quest", "48")]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model with the recall task's words."""
-    made = tmp_path_factory.mktemp("model")
-    source = Recall().open(None, 0, [], None, Reporter())
-    config = CONFIGS["llama"]()
-    config.vocab_size = source.vocab_size
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(made)
-    source.save(made)
-    return made
 
 
 @pytest.fixture
@@ -133,10 +117,10 @@ def test_what_a_state_cannot_go_on_with_is_refused(folder, generate, tmp_path):
 
 def test_another_model_is_refused(folder, generate, tmp_path):
     generate(PROMPT, "--model", folder, "--max-new-tokens", 4, "--save-state", "state")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    whole = {file: file.read_bytes() for file in folder.iterdir()}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    whole = {file: file.read_bytes() for file in (folder / "model").iterdir()}
     torch.nn.init.normal_(model.model.layers[0].self_attn.k_proj.weight)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder / "model")
     code, _, error = generate("--resume", "state")
     for file, data in whole.items():
         file.write_bytes(data)

@@ -6,14 +6,19 @@ from pikv_core.components import Component, build
 from pikv_core.compression import CODECS
 from pikv_core.compression.base import LayerSamples
 
+_fitted = {}  # what fitting found, by what was asked: some codecs take a second
+
 
 def ready(name, head_dim=64, num_heads=2, num_layers=1, num_tokens=256, rank=4, seed=0, **options):
     """Return layer 0's codec, fitted on the samples of `low_rank_samples` with the same arguments where it must be."""
     codec = build(CODECS, Component(name, options))
     if not codec.calibrated:
         return codec.for_layer(0, {}, None)
-    fitted = codec.fit(low_rank_samples(head_dim, num_heads, num_layers, num_tokens, rank, seed))
-    return codec.for_layer(0, fitted.tensors, None)
+    asked = (head_dim, num_heads, num_layers, num_tokens, rank, seed)
+    key = (name, repr(options), *asked)
+    if key not in _fitted:
+        _fitted[key] = codec.fit(low_rank_samples(*asked)).tensors
+    return codec.for_layer(0, _fitted[key], None)
 
 
 def low_rank_samples(head_dim=64, num_heads=2, num_layers=1, num_tokens=256, rank=4, seed=0):

@@ -38,7 +38,8 @@ def check(rows, spills="spills"):
         assert row["budget"] is None or row["instructions_per_number"] <= row["budget"], row
 
 
-@pytest.mark.parametrize("arch", ["90", pytest.param("80", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["90", "80"])
 def test_at_the_shapes_of_llama(arch):
     rows = compiled("--arch", arch)
     check(rows)

@@ -226,7 +226,11 @@ def test_a_rank_that_dies_ends_the_run_with_an_error_and_a_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("train.parallel.expert_ranks=3", "train.parallel.expert_ranks: 2 processes do not divide into groups of 3"),
+        pytest.param(
+            "train.parallel.expert_ranks=3",
+            "train.parallel.expert_ranks: 2 processes do not divide into groups of 3",
+            marks=pytest.mark.slow,
+        ),
         ("train.batch_tokens=96", "train.batch_tokens: a step of 3 samples does not divide by 2 ranks"),
     ],
 )

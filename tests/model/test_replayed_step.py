@@ -142,6 +142,10 @@ class Transfers(TorchDispatchMode):
         return result
 
 
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 10),
+    reason="older transformers ask torch whether the device meta has autocast, which it refuses",
+)
 @pytest.mark.parametrize("name", ["snapkv", *(name for name in STATIC if POLICIES[name].is_static)])
 def test_nothing_is_copied_from_the_host_in_a_static_step(name):
     with torch.device("meta"):

@@ -205,8 +205,9 @@ def rows(arch: int, D: int, R: int) -> Iterator[dict[str, Any]]:
         "decode int8, mask, probs": (codes_of(8, visible=mask[:, :, None], with_probs=True), 1.0),
         "decode int4": (codes_of(4), 0.5),
         "decode int4, mask, probs": (codes_of(4, visible=mask[:, :, None], with_probs=True), 0.5),
-        "decode int2": (codes_of(2), 0.5),
     }
+    if R <= decode_codes.MOST_ROWS[2]:
+        decodes["decode int2"] = (codes_of(2), 0.5)
     for name, (call, number_bytes) in decodes.items():
         launch = record(call)[0]
         tight = D == 128 and R <= 8

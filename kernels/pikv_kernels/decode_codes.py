@@ -41,7 +41,7 @@ FEW_HEADS_8_BITS = Launch(tile=64, num_warps=2, num_stages=3, programs_per_sm=4)
 # More query heads or channels take more registers, which more warps share; each takes all codes apart.
 MANY_HEADS = Launch(tile=64, num_warps=2, num_stages=3, programs_per_sm=4)
 WIDE_HEADS = Launch(tile=64, num_warps=4, num_stages=3, programs_per_sm=2)
-MOST_ROWS = 16  # whose sums fit registers
+MOST_ROWS = {2: 8, 4: 16, 8: 16}  # whose sums fit registers, by the bits of a code
 
 # Keys as float16: 0x6400 is 1024 and counts ones in its last bits, so a code in the bits above counts sixteens.
 KEYS_4_BITS = constexpr("""{
@@ -341,8 +341,9 @@ def what_hinders(query: torch.Tensor, codes: Mapping[str, torch.Tensor], bits: i
         return f"no kernel for units of {T} tokens"
     if V % 4 or max(D, V) > 256:
         return "no kernel for these head dims"
-    if query.shape[2] > MOST_ROWS:
-        return f"no kernel for more than {MOST_ROWS} query rows"
+    most_rows = MOST_ROWS[bits]
+    if query.shape[2] > most_rows:
+        return f"no kernel for more than {most_rows} query rows"
     return None
 
 

@@ -52,4 +52,4 @@ def test_at_the_shapes_of_llama(arch):
 def test_on_two_architectures_at_other_head_dims_and_groups(head_dims, group):
     rows = compiled("--arch", "80", "90", "--head-dim", *head_dims, "--group", group)
     check(rows, "loop_spills")  # a value or two may be set aside for what follows the loop
-    assert len(rows) == 2 * len(head_dims) * 20
+    assert len(rows) == 2 * len(head_dims) * (20 if int(group) <= 8 else 19)  # int2 takes no more query rows

@@ -33,6 +33,7 @@ from pikv_core.errors import PiKVError, UsageError
 FORMAT = "pikv-state-1"
 MANIFEST, LOCK = "manifest.json", ".lock"
 SEGMENT = re.compile(r"\d{8}-[0-9a-f]{8}\.safetensors")
+ELSEWHERE = "give another folder with --save-state"
 MOST_WAITING = 2  # segments; a run that is faster than its disk waits
 
 
@@ -84,7 +85,7 @@ class Folder:
 
     def make(self) -> None:
         """Make the folder."""
-        with self._told("cannot be made"):
+        with self._told("cannot be made", hint=ELSEWHERE):
             self._files.makedirs(self.path, exist_ok=True)
 
     def exists(self, name: str) -> bool:
@@ -129,13 +130,11 @@ class Folder:
             self._files.rm_file(self.place(name))
 
     @contextlib.contextmanager
-    def _told(self, what: str) -> Any:
+    def _told(self, what: str, hint: str = "the state before it, if any, is intact") -> Any:
         try:
             yield
         except OSError as error:
-            raise PiKVError(
-                f"{self.url}: {what}: {error.strerror or error}", hint="the state before it, if any, is intact"
-            ) from error
+            raise PiKVError(f"{self.url}: {what}: {error.strerror or error}", hint=hint) from error
 
 
 def read(url: str) -> Saved:
@@ -323,7 +322,9 @@ class Writer:
                 f"{self._folder.url}: another run writes its state here", hint="give each its own folder"
             ) from error
         except OSError as error:
-            raise PiKVError(f"{self._folder.url}: cannot be written: {error.strerror or error}") from error
+            raise PiKVError(
+                f"{self._folder.url}: cannot be written: {error.strerror or error}", hint=ELSEWHERE
+            ) from error
         return lock
 
     def _unlock(self) -> None:

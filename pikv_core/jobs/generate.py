@@ -49,7 +49,8 @@ class GenerateResult:
 
 def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
     """Generate for every prompt of the recipe, in batches."""
-    prompts = [recipe.prompt or ""] if recipe.resume is not None else read_prompts(recipe)
+    goes_on_alone = recipe.resume is not None and recipe.prompt is None
+    prompts = [""] if goes_on_alone else read_prompts(recipe)
     find_model(recipe.model)
     if recipe.record_attention is not None:
         _check_place(recipe.record_attention, recipe.prompt_file)

@@ -1,5 +1,6 @@
 """`generate --save-state` and `--resume`: a run that ended at any moment goes on token for token."""
 
+import io
 import json
 import random
 import signal
@@ -86,6 +87,23 @@ def test_a_finished_run_has_nothing_left_to_do_but_takes_more(folder, generate):
     assert more["num_prompt_tokens"] == whole["num_prompt_tokens"] + 9 + 2
     _, other, _ = generate("k3 v4", "--resume", "state", "--max-new-tokens", 5)
     assert other["token_ids"] == more["token_ids"]  # who reads a state leaves it as it is
+
+
+def test_what_comes_behind_a_state_may_come_on_stdin(folder, generate, monkeypatch):
+    generate(PROMPT, "--model", folder, "--max-new-tokens", 4, "--save-state", "state")
+    _, given, _ = generate("k3 v4", "--resume", "state")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("k3 v4\n"))
+    _, piped, _ = generate("-", "--resume", "state")
+    assert piped["token_ids"] == given["token_ids"]
+    assert piped["num_prompt_tokens"] == given["num_prompt_tokens"]
+
+
+def test_a_place_that_cannot_hold_a_state_is_told(folder, generate, tmp_path):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    code, _, error = generate(PROMPT, "--model", folder, "--save-state", tmp_path / "file")
+    assert code == 1
+    assert "cannot be made" in error and "hint: give another folder" in error
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
 def test_a_run_that_goes_on_saves_in_its_own_place(folder, generate):

@@ -1,7 +1,7 @@
 """Our policies as kvpress presses, one for every evictor: `from pikv_core.presses import SnapKVPress`.
 
 A press is named after its policy's class; its fields are kvpress's `compression_ratio` and the policy's options.
-`press_for` finds it by the policy's name, that of a plug-in too. Policies that kvpress cannot carry are refused by name.
+`press_for` finds it by the policy's name, a plug-in's too. Policies that kvpress cannot carry are refused by name.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ def press_for(policy: str) -> Any:
     member = POLICIES[policy]
     reason = unfit(member)
     if reason is not None:
-        raise UsageError(
-            f"policy '{policy}' has no press: it {reason}",
-            hint=f"use PiKVCache, or one of: {', '.join(name for name in POLICIES.names() if not unfit(POLICIES[name]))}",
-        )
+        fit = ", ".join(name for name in POLICIES.names() if unfit(POLICIES[name]) is None)
+        raise UsageError(f"policy '{policy}' has no press: it {reason}", hint=f"use PiKVCache, or one of: {fit}")
     _check_kvpress()
     from pikv_core.presses.policy_press import make_press
 

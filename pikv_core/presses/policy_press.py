@@ -17,7 +17,7 @@ from kvpress import ScorerPress
 from kvpress.utils import compute_n_kept
 
 from pikv_core import recipes
-from pikv_core.cache.rotary import Rotary
+from pikv_core.cache.rotary import Rotary, is_rotary_attention
 from pikv_core.cache.store import EMPTY
 from pikv_core.cache.support import windows
 from pikv_core.components import build
@@ -53,24 +53,20 @@ class PolicyPress(ScorerPress):
                 f"{type(self).__name__}: compression_ratio: expected a share in [0, 1), got {self.compression_ratio}",
                 hint="it is the share of a prompt that goes; 0.75 keeps a quarter",
             )
-        self._evictor = self._build()
-        self._rotary: Rotary | None = None
-        self._windows: list[int | None] = []
-        self._newest_layer, self._shared = -1, {}
+        self._built: tuple[dict[str, Any], Evictor] | None = None
+        self._newest_layer, self._shared = -1, dict[str, Any]()
         self._stats: dict[int, LayerStats] = {}
         self._is_entered = False
+        assert self._evictor  # fields are wrong here or nowhere
 
-    def _build(self) -> Evictor:
+    @property
+    def _evictor(self) -> Evictor:
+        """The policy of the fields as they are now; raises RecipeError where it does not take them."""
         options = {name: getattr(self, name) for name in self.options}
-        recipe = recipes.validate(CacheRecipe, {"policy": {"name": self.policy, **options}}, type(self).__name__)
-        return build(POLICIES, recipe.policy)
-
-    def post_init_from_model(self, model: Any) -> None:
-        """Take the fields as they are now, and learn how the model rotates and which layers look back how far."""
-        self._evictor = self._build()
-        self._rotary = Rotary.of(model)
-        self._windows = windows(model.config)
-        self._newest_layer, self._shared = -1, {}
+        if self._built is None or self._built[0] != options:
+            recipe = recipes.validate(CacheRecipe, {"policy": {"name": self.policy, **options}}, type(self).__name__)
+            self._built = (options, build(POLICIES, recipe.policy))
+        return self._built[1]
 
     @contextmanager
     def __call__(self, model: Any) -> Generator[None, None, None]:
@@ -159,7 +155,7 @@ class PolicyPress(ScorerPress):
         if module.layer_idx <= self._newest_layer:
             self._shared = {}
         self._newest_layer, num_layers = module.layer_idx, module.config.num_hidden_layers
-        run = LayerRun(module.layer_idx, num_layers, G, self._rotary, shared=self._shared)
+        run = LayerRun(module.layer_idx, num_layers, G, _rotary(module), shared=self._shared)
         mean = torch.full((B,), compute_n_kept(T, self.compression_ratio))
         own = self._evictor.capacity(mean, prompt.num_tokens, run)
         capacity = (mean[:, None] if own is None else own).clamp(min=1).minimum(prompt.num_tokens[:, None])
@@ -177,7 +173,7 @@ class PolicyPress(ScorerPress):
         kwargs: dict[str, Any],
     ) -> Prompt:
         """Return what a hook is given as a prompt; raise UsageError where it cannot be told, or not by this policy."""
-        if self._windows and self._windows[module.layer_idx] is not None:
+        if windows(module.config)[module.layer_idx] is not None:
             raise UsageError(
                 f"layer {module.layer_idx} has a sliding window, whose cache drops tokens by itself",
                 hint="use PiKVCache, which serves such layers",
@@ -195,7 +191,7 @@ class PolicyPress(ScorerPress):
 
         def queries(num_newest: int) -> torch.Tensor:
             cos, sin = (x[:, -num_newest:] for x in kwargs["position_embeddings"])
-            return prompt_queries(module, hidden_states[:, -num_newest:], (cos, sin), self._rotary)
+            return prompt_queries(module, hidden_states[:, -num_newest:], (cos, sin), _rotary(module))
 
         return Prompt(keys, values, is_token, queries, module.scaling)
 
@@ -224,6 +220,11 @@ def make_press(policy: type[Evictor]) -> type[PolicyPress]:
     return make_dataclass(press_name(policy), options, bases=(PolicyPress,), namespace=namespace)
 
 
+def _rotary(module: Any) -> Rotary | None:
+    """Return the rotary embedding that kvpress hangs on attention modules, None where these do not rotate."""
+    return Rotary(module.rotary_emb, module, module.config) if is_rotary_attention(module) else None
+
+
 def _is_prompt(kwargs: dict[str, Any]) -> bool:
     return int(kwargs["cache_position"][-1]) + 1 == kwargs["hidden_states"].shape[1]
 
@@ -233,9 +234,7 @@ def _is_whole(hidden_states: torch.Tensor, keys: torch.Tensor, kwargs: dict[str,
     return hidden_states.shape[1] == keys.shape[2] == len(kwargs["cache_position"])
 
 
-def _kept(
-    score: torch.Tensor, capacity: torch.Tensor, position: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _kept(score: torch.Tensor, capacity: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return positions and slots [B,G,K] of the `capacity` [B,G] best, in order; EMPTY where a row has fewer than K."""
     best = score.topk(int(capacity.max()), dim=-1).indices
     held = position[:, None].expand(score.shape).gather(2, best)

@@ -45,7 +45,7 @@ def _another_way(module: Any, norm: Any, rotary: Rotary | None) -> str | None:
         return "does not rotate the queries of every layer"
     if not (hasattr(module, "q_proj") or hasattr(module, "qkv_proj")):
         return "has no projection that makes its queries alone"
-    if norm is not None and norm.weight.numel() != module.head_dim:
+    if hasattr(norm, "weight") and norm.weight.numel() != module.head_dim:
         return "normalises the queries of all heads together"
     if getattr(module, "sinks", None) is not None:
         return "has attention sinks"

@@ -14,7 +14,8 @@ test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
 
 test-kvpress: .venv-presses/ready
-	.venv-presses/bin/python -m pytest -m 'not slow and not gpu' tests/presses tests/cache/test_equals_stock.py
+	.venv-presses/bin/python -m pytest -m 'not slow and not gpu' tests/presses
+	.venv-presses/bin/python -m pytest -k 'llama or pikv' tests/cache/test_equals_stock.py
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

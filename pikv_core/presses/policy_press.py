@@ -86,6 +86,7 @@ class PolicyPress(ScorerPress):
         if not _is_prompt(kwargs):
             return output
         index, cache = module.layer_idx, kwargs["past_key_values"]
+        self.positions.pop(index, None)
         full_bytes = stored_bytes(cache, index)
         output = super().forward_hook(module, input, kwargs, output)
         if index in self.positions:
@@ -108,18 +109,20 @@ class PolicyPress(ScorerPress):
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the kept keys and values [B,G,K,D], in the order of their positions."""
-        prompt = self._prompt(module, hidden_states, keys, values, kwargs)
         is_whole = _is_whole(hidden_states, keys, kwargs)
-        if self.compression_ratio == 0:
-            position = prompt.position[:, None].expand(keys.shape[:3])
-            self.positions |= {module.layer_idx: position} if is_whole else {}
+        if self.compression_ratio == 0 and not (is_whole and _window(module) is None):
             return keys, values
-        score, capacity = self._score(prompt, module)
-        position, slots = _kept(score, capacity.to(score.device), prompt.position)
-        if (position < 0).any() and not self._is_entered:
-            raise UsageError("rows of unequal length leave padding, which only the press itself can mask", OTHER_WAY)
-        self.positions |= {module.layer_idx: position} if is_whole else {}
-        if slots.shape[2] == keys.shape[2]:
+        prompt = self._prompt(module, hidden_states, keys, values, kwargs)
+        if prompt.is_token is not None and not self._is_entered:
+            raise UsageError("a batch with padding needs masks, which the press itself sees to", OTHER_WAY)
+        if self.compression_ratio == 0:
+            position, slots = prompt.position[:, None].expand(keys.shape[:3]), None
+        else:
+            score, capacity = self._score(prompt, module)
+            position, slots = _kept(score, capacity.to(score.device), prompt.position)
+        if is_whole:
+            self.positions[module.layer_idx] = position
+        if slots is None or slots.shape[2] == keys.shape[2]:
             return keys, values
         by_channel = slots[..., None].expand(*slots.shape, keys.shape[-1])
         return keys.gather(2, by_channel), values.gather(2, by_channel)
@@ -136,7 +139,10 @@ class PolicyPress(ScorerPress):
         """Return float32 [B,G,T], higher = keep, -inf for padding: what other presses compose."""
         if type(self._evictor).capacity is not Evictor.capacity:
             raise UsageError(f"policy '{self.policy}' spreads the budget itself, so no other press can", OTHER_WAY)
-        return self._score(self._prompt(module, hidden_states, keys, values, kwargs), module)[0]
+        prompt = self._prompt(module, hidden_states, keys, values, kwargs)
+        if (prompt.num_tokens < compute_n_kept(keys.shape[2], self.compression_ratio)).any():
+            raise UsageError("a row has fewer tokens than are to stay, so padding would", OTHER_WAY)
+        return self._score(prompt, module)[0]
 
     def get_stats(self) -> dict[str, Any]:
         """Return what the last prompt left: tokens over rows and heads, and bytes of live storage, in all and by layer.
@@ -173,7 +179,7 @@ class PolicyPress(ScorerPress):
         kwargs: dict[str, Any],
     ) -> Prompt:
         """Return what a hook is given as a prompt; raise UsageError where it cannot be told, or not by this policy."""
-        if windows(module.config)[module.layer_idx] is not None:
+        if _window(module) is not None:
             raise UsageError(
                 f"layer {module.layer_idx} has a sliding window, whose cache drops tokens by itself",
                 hint="use PiKVCache, which serves such layers",
@@ -223,6 +229,11 @@ def make_press(policy: type[Evictor]) -> type[PolicyPress]:
 def _rotary(module: Any) -> Rotary | None:
     """Return the rotary embedding that kvpress hangs on attention modules, None where these do not rotate."""
     return Rotary(module.rotary_emb, module, module.config) if is_rotary_attention(module) else None
+
+
+def _window(module: Any) -> int | None:
+    """Return how many tokens a layer looks back, None for all."""
+    return windows(module.config)[module.layer_idx]
 
 
 def _is_prompt(kwargs: dict[str, Any]) -> bool:

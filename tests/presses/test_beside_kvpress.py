@@ -118,11 +118,10 @@ def test_presses_that_go_by_hooks_compose(llama):
         assert a.shape[2] == int(LENGTH * (1 - ratio)) and torch.equal(a, b)
     composed = [kvpress.ComposedPress([press, kvpress.ThinKPress(0.25)]) for press in pair("snapkv", 0.5)]
     assert torch.equal(*(generated(llama, press) for press in composed))
-    assert own.get_stats()["layer_stats"][2]["kept_tokens"] == 2 * 2 * 28
+    assert own.get_stats()["layer_stats"][2]["kept_tokens"] == 2 * 2 * 27
 
 
-@pytest.mark.parametrize("name", ["knorm", "keydiff"])
-def test_policies_of_keys_serve_parts_and_decode_steps(llama, name):
+def test_policies_of_keys_serve_parts_and_decode_steps(llama):
     import kvpress
 
     for wrap in (
@@ -133,7 +132,7 @@ def test_policies_of_keys_serve_parts_and_decode_steps(llama, name):
             press, kvpress.DecodingPress(press, compression_interval=4, target_size=60)
         ),
     ):
-        assert torch.equal(*(generated(llama, wrap(press)) for press in pair(name, 0.5)))
+        assert torch.equal(*(generated(llama, wrap(press)) for press in pair("keydiff", 0.5)))
 
 
 @pytest.mark.parametrize("name", ["snapkv", "streaming-llm", "expected-attention"])
@@ -164,8 +163,10 @@ def test_padding_goes_first_wherever_scores_are_used(llama):
     rows, heads, slots = llama.model.layers[0].self_attn.masked_key_indices
     for head in range(2):
         assert {*range(40)} <= {*slots[(rows == 1) & (heads == head)].tolist()}
-    with pytest.raises(UsageError, match="rows of unequal length") as error, torch.no_grad():
-        few = mask * (torch.arange(LENGTH) >= 110)
-        with kvpress.PerLayerCompressionPress(own, [0.25] * 3)(llama):
-            llama(prompt() * few, attention_mask=torch.cat([mask[:1], few[1:]]), use_cache=True)
-    assert "press itself" in error.value.hint
+    for press, why in (
+        (kvpress.PerLayerCompressionPress(own, [0.25] * 3), "a batch with padding needs masks"),
+        (kvpress.KeyRerotationPress(pair("snapkv", 0.25)[0]), "a row has fewer tokens than are to stay"),
+    ):
+        with pytest.raises(UsageError, match=why) as error, torch.no_grad(), press(llama):
+            llama(prompt() * mask, attention_mask=mask, use_cache=True)
+        assert "press itself" in error.value.hint

@@ -100,7 +100,7 @@ def test_a_press_keeps_what_its_policy_keeps(stock, name, arch, ratio):
 @pytest.mark.parametrize("name", SERVED)
 def test_padding_is_never_kept(stock, name):
     """A row has less room than the others where it has fewer tokens, and keeps what it keeps in our cache."""
-    model = stock("qwen3")
+    model = stock("llama")
     ids, mask = padded(LENGTH, 60, 20)
     position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
     press = press_of(name, 0.6)

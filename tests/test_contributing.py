@@ -234,6 +234,6 @@ def test_the_contract_tests_take_the_examples_as_shown(files):
 
 def test_every_contract_that_is_named_exists_and_runs_over_names():
     named = re.findall(r"^\| `(tests/\S+\.py)` \|", TEXT, re.MULTILINE)
-    assert len(named) == 6
+    assert len(named) == 7
     for file in named:
         assert ".names()" in (ROOT / file).read_text(encoding="utf-8")

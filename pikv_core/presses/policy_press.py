@@ -227,8 +227,9 @@ def make_press(policy: type[Evictor]) -> type[PolicyPress]:
 
 
 def _rotary(module: Any) -> Rotary | None:
-    """Return the rotary embedding that kvpress hangs on attention modules, None where these do not rotate."""
-    return Rotary(module.rotary_emb, module, module.config) if is_rotary_attention(module) else None
+    """Return the rotary embedding, which kvpress hangs on attention modules, None where these do not rotate."""
+    embedding = getattr(module, "rotary_emb", None) if is_rotary_attention(module) else None
+    return None if embedding is None else Rotary(embedding, module, module.config)
 
 
 def _window(module: Any) -> int | None:

@@ -42,7 +42,7 @@ def prompt_queries(
 def _another_way(module: Any, norm: Any, rotary: Rotary | None) -> str | None:
     """Return what is special about a model's attention, None where it is a softmax over plain rotated queries."""
     if rotary is None or rotary.is_conditional:
-        return "does not rotate the queries of every layer"
+        return "rotates no queries, or not those of every layer"
     if not (hasattr(module, "q_proj") or hasattr(module, "qkv_proj")):
         return "has no projection that makes its queries alone"
     if hasattr(norm, "weight") and norm.weight.numel() != module.head_dim:

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from small_models import CONFIGS
+from small_models import CONFIGS, SMALL
 
 from pikv_core import presses
 from pikv_core.cache import PiKVCache
@@ -268,3 +268,44 @@ def test_a_policy_of_ones_own_has_a_press(stock):
             assert torch.equal(press.positions[layer], position)
     finally:
         del POLICIES._classes["peak-of-a-test"]
+
+
+def other_models():
+    """Fused projections, of all or half of whose channels a part is rotated; layers with windows among others."""
+    half = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    text = {**SMALL, "head_dim": 16, "sliding_window": 24, "layer_types": kinds}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    return {
+        "phi3": transformers.Phi3ForCausalLM(transformers.Phi3Config(**SMALL)),
+        "phi3 in half": transformers.Phi3ForCausalLM(transformers.Phi3Config(**SMALL, rope_parameters=half)),
+        "gemma3": transformers.Gemma3ForConditionalGeneration(
+            transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["snapkv", "expected-attention"])
+@pytest.mark.parametrize("arch", ["phi3", "phi3 in half", "gemma3"])
+def test_other_models_of_kvpress_are_pressed_alike(name, arch):
+    torch.manual_seed(0)
+    model, press = other_models()[arch].eval(), press_of(name, 0.5)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.2)
+    pressed(model, press, prompt())
+    assert list(press.positions) == ([1, 2] if arch == "gemma3" else [0, 1, 2])  # kvpress passes over its windows
+    expected = ours(model, name, 45, prompt())
+    assert all(torch.equal(position, expected[layer][0]) for layer, position in press.positions.items())
+
+
+def test_beams_of_a_padded_batch_are_those_of_its_rows_alone(stock):
+    model = stock("llama")
+    ids, mask = padded(LENGTH, 60)
+    settings = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    with press_of("snapkv", 1 - 36.5 / LENGTH)(model):
+        together = model.generate(ids, attention_mask=mask, **settings)[:, LENGTH:]
+    for row, length in enumerate((LENGTH, 60)):
+        with press_of("snapkv", 1 - 36.5 / length)(model):
+            assert torch.equal(model.generate(ids[row : row + 1, -length:], **settings)[0, length:], together[row])

@@ -113,7 +113,7 @@ class PolicyPress(ScorerPress):
         if self.compression_ratio == 0 and not (is_whole and _window(module) is None):
             return keys, values
         prompt = self._prompt(module, hidden_states, keys, values, kwargs)
-        if prompt.is_token is not None and not self._is_entered:
+        if prompt.is_token is not None and not self._is_entered and self.compression_ratio:
             raise UsageError("a batch with padding needs masks, which the press itself sees to", OTHER_WAY)
         if self.compression_ratio == 0:
             position, slots = prompt.position[:, None].expand(keys.shape[:3]), None

@@ -1,6 +1,6 @@
 """What one decoded token costs on a GPU: whole models through each cache, step by step and replayed as a CUDA graph.
 
-    python benchmarks/decode_gpu.py [--tokens 32768] [--batch 4] [--steps 20] [--json FILE]
+    PYTHONPATH=.:kernels python benchmarks/decode_gpu.py [--tokens 32768] [--batch 4] [--steps 20] [--json FILE]
 
 A random llama of 4 layers of Llama 3.1 8B's sizes in bfloat16, its caches filled with the keys and values of random
 tokens; against transformers' DynamicCache under SDPA. Medians of wall time, the device being waited for after each
@@ -14,13 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "kernels")]
 
 import torch
 from timing import table

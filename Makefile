@@ -1,5 +1,6 @@
-# Each target makes .venv by itself; PYTHON chooses the interpreter it is made with.
+# Each target makes .venv by itself; PYTHON chooses the interpreter it is made with, WORKERS how many processes test.
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 
 .PHONY: demo test test-slow check bench clean
@@ -8,10 +9,10 @@ demo: .venv/ready
 	$(BIN)/python -m pikv_cli.demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: .venv/ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

@@ -43,7 +43,7 @@ def assert_equal(policy, requests, times_ms, capacity, touch, split=None):
         before = cache.residents()
         hits.append(cache.serve(request))
         assert policy.unbounded or len(cache.residents()) <= capacity
-        leading = len(list(itertools.takewhile(lambda block: block in before, request.ids)))
+        leading = len(list(itertools.takewhile(before.__contains__, request.ids)))
         assert hits[-1] == leading or policy.expires
     assert hits == expected.hits.tolist()
     assert cache.row() == hit_row(trace, expected)

@@ -38,9 +38,9 @@ def chain(tokens: Sequence[int], block_tokens: int, root: str) -> list[str]:
 
 
 def pack(block: Block, key: str) -> bytes:
-    """Return a block as a safetensors file that tells its hash and the SHA-256 of the file, its own place left 0."""
+    """Return a block as a safetensors file with its hash, and the SHA-256 of the file with zeros in its place."""
     tensors = {name: x.cpu().contiguous() for name, x in block.items()}
-    data = safetensors.save(tensors, metadata={"key": key, "sha256": UNCHECKED})
+    data = safetensors.save(tensors, metadata={"block": f"{UNCHECKED} {key}"})
     return data.replace(UNCHECKED.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
 
 
@@ -48,11 +48,10 @@ def unpack(data: bytes, key: str) -> Block:
     """Return the block of this hash; raise Damaged where a byte is not as it was written."""
     try:
         size = int.from_bytes(data[:8], "little")
-        told = json.loads(data[8 : 8 + size])["__metadata__"]
-        unchecked = data.replace(told["sha256"].encode(), UNCHECKED.encode(), 1)
-        if hashlib.sha256(unchecked).hexdigest() != told["sha256"]:
+        sha256, own = json.loads(data[8 : 8 + size])["__metadata__"]["block"].split(" ")
+        if hashlib.sha256(data.replace(sha256.encode(), UNCHECKED.encode(), 1)).hexdigest() != sha256:
             raise Damaged("its checksum differs")
-        if told["key"] != key:
+        if own != key:
             raise Damaged("it is another block")
         return safetensors.load(data)
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError, RecursionError) as error:

@@ -61,7 +61,8 @@ def least_fed(cache: PiKVCache, config: Any) -> int:
     kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     if kinds & {*LENGTH_DEPENDENT}:
         _refuse("the model", "rotates keys by the length of the whole prompt")
-    return max(1, *(watcher.observes for _, watcher in watchers))
+    is_seen = layer.policy.name != "full"  # a single token would be a step to a policy, and no end of a prompt
+    return max(1 + is_seen, *(watcher.observes for _, watcher in watchers))
 
 
 def identity(model: nn.Module, recipe: CacheRecipe) -> dict[str, Any]:

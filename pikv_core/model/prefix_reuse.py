@@ -15,6 +15,7 @@ from pikv_core.cache.prefix_identity import identity, least_fed
 from pikv_core.cache.prefix_store import Measured, PrefixStore
 from pikv_core.errors import UsageError
 from pikv_core.model.steps import feed
+from pikv_core.schema import CacheRecipe
 
 if TYPE_CHECKING:
     from pikv_core.model.loading import LoadedModel
@@ -26,18 +27,18 @@ def open_store(recipe: GenerateRecipe, loaded: LoadedModel, reporter: Reporter) 
     """Open the recipe's store; raise UsageError where its cache cannot begin with stored blocks."""
     assert recipe.prefix_cache is not None
     least_fed(loaded.new_cache(recipe), loaded.model.config)
-    of_model = identity(loaded.model, recipe.cache)
     return PrefixStore(
         recipe.prefix_cache,
         recipe.prefix,
-        of_model,
-        lambda: measure(loaded.model, loaded.new_cache(recipe), recipe.prefix.block_tokens),
+        identity(loaded.model, recipe.cache),
+        lambda: measure(loaded.model, recipe.cache, recipe.prefix.block_tokens),
         reporter.status,
     )
 
 
-def measure(model: Any, cache: PiKVCache, block_tokens: int) -> Measured:
-    """Feed an empty cache a block of tokens, and tell what it makes of it."""
+def measure(model: Any, recipe: CacheRecipe, block_tokens: int) -> Measured:
+    """Feed a cache that keeps all a block of tokens, and tell what it makes of it."""
+    cache = PiKVCache(model.config, CacheRecipe(codec=recipe.codec, calibration=recipe.calibration)).attach(model)
     cache.hold()
     feed(model, cache, torch.zeros(1, block_tokens, dtype=torch.long))
     unit = math.lcm(*(layer.plan.codec.unit_tokens for layer in cache.own_layers))

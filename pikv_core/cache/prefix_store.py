@@ -135,8 +135,8 @@ class PrefixStore:
             )
         self._root = json.dumps(identity, sort_keys=True)
         self._log = RequestLog(self.path, self.settings.block_tokens)
-        self._policy = build(REQUEST_POLICIES, self.settings.policy)
-        check_block_policy(self._policy)
+        self.policy = build(REQUEST_POLICIES, self.settings.policy)
+        check_block_policy(self.policy)
         self._capacity = capacity
         self._replay = self._replayed()
         self._first = self._replay.num_requests
@@ -150,7 +150,7 @@ class PrefixStore:
     def _replayed(self) -> OnlineReplay:
         """Return the policy's state after the log."""
         tokens, touch = self.settings.block_tokens, self.settings.touch
-        return OnlineReplay(self._policy, self._capacity, tokens, touch, self._log.requests)
+        return OnlineReplay(self.policy, self._capacity, tokens, touch, self._log.requests)
 
     def arrive(self, tokens: list[int]) -> Arrival:
         """Let the policy take note of a prompt; what it decides is carried out by `keep` and `finish`."""

@@ -69,12 +69,17 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
 
 def _generate(recipe: GenerateRecipe, run: Run, prompts: list[str], closing: ExitStack) -> GenerateResult:
     from pikv_core.cache import stream
+    from pikv_core.cache.prefix_identity import check_block_policy
+    from pikv_core.components import build
     from pikv_core.jobs.record_attention import Recording
     from pikv_core.model.generation import as_chat, generate_batch
     from pikv_core.model.loading import load_model
     from pikv_core.model.prefix_reuse import open_store
     from pikv_core.model.saving import about_run
+    from pikv_core.simulation.policies import REQUEST_POLICIES
 
+    if recipe.prefix_cache is not None:
+        check_block_policy(build(REQUEST_POLICIES, recipe.prefix.policy))
     loaded = load_model(recipe.model, recipe)
     if recipe.graph:
         loaded.new_cache(recipe).check_static()

@@ -44,6 +44,13 @@ def generate(
         str | None,
         typer.Option(metavar="DIR", help="Go on, exactly, from what --save-state wrote, or with more prompt."),
     ] = None,
+    prefix_cache: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Keep blocks of prompts here, for prompts that begin alike.")
+    ] = None,
+    prefix_bytes: Annotated[str | None, typer.Option(metavar="64MiB", help="Bytes of all blocks kept.")] = None,
+    prefix_policy: Annotated[
+        str | None, typer.Option(metavar="lru|s3fifo", help="Which blocks stay, as in simulate-cache.")
+    ] = None,
     record_attention: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write the attention for simulate-cache.")
     ] = None,
@@ -72,6 +79,9 @@ def generate(
         "save_state": save_state,
         "save_every": save_every,
         "resume": resume,
+        "prefix_cache": prefix_cache,
+        "prefix.bytes": prefix_bytes,
+        "prefix.policy": prefix_policy,
         "record_attention": record_attention,
     }
     if resume is not None:
@@ -109,5 +119,12 @@ def _show(result: Any, folder: Path) -> None:
     )
     if result.state is not None:
         typer.echo(f"state: {result.state}, {result.state_bytes:,} bytes written", err=True)
+    if (prefix := result.prefix) is not None:
+        typer.echo(
+            f"prefix store: {prefix.block_hits:,} of {prefix.block_accesses:,} blocks hit "
+            f"({prefix.policy} at {prefix.capacity_blocks:,}), {prefix.reused_tokens:,} tokens not computed; "
+            f"{prefix.resident_blocks:,} blocks, {prefix.resident_bytes:,} bytes in {prefix.store}",
+            err=True,
+        )
     if result.attention_trace is not None:
         typer.echo(f"attention: {result.attention_trace}", err=True)

@@ -222,6 +222,11 @@ class PiKVCache(Cache):
         for layer in self.own_layers:
             layer.recorder = recorder
 
+    @property
+    def is_held(self) -> bool:
+        """Whether `hold` was called, and `compress` not yet."""
+        return self.own_layers[0].held
+
     def hold(self) -> None:
         """Keep all that arrives, whatever the budget, until `compress`; statistics go on."""
         for layer in self.own_layers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from pikv_core.runs import Run, find_model
 from pikv_core.schema import GenerateRecipe
 
 if TYPE_CHECKING:
+    from pikv_core.cache.prefix_store import PrefixReport
     from pikv_core.model.generation import BatchCost, Completion
 
 
@@ -45,6 +46,7 @@ class GenerateResult:
     attention_trace: str | None
     state: str | None
     state_bytes: int | None  # written by this run
+    prefix: PrefixReport | None  # what a prefix store was worth
 
 
 def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
@@ -61,17 +63,23 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
     device = device_of(recipe)
     if recipe.graph and device.type != "cuda":
         raise UsageError(f"--graph needs a GPU, and this run is on '{device.type}'", hint="leave out --graph")
-    with attending_by(recipe.backend, device):
-        return _generate(recipe, run, prompts)
+    with attending_by(recipe.backend, device), ExitStack() as closing:
+        return _generate(recipe, run, prompts, closing)
 
 
-def _generate(recipe: GenerateRecipe, run: Run, prompts: list[str]) -> GenerateResult:
+def _generate(recipe: GenerateRecipe, run: Run, prompts: list[str], closing: ExitStack) -> GenerateResult:
     from pikv_core.cache import stream
+    from pikv_core.cache.prefix_identity import check_block_policy
+    from pikv_core.components import build
     from pikv_core.jobs.record_attention import Recording
     from pikv_core.model.generation import as_chat, generate_batch
     from pikv_core.model.loading import load_model
+    from pikv_core.model.prefix_reuse import open_store
     from pikv_core.model.saving import about_run
+    from pikv_core.simulation.policies import REQUEST_POLICIES
 
+    if recipe.prefix_cache is not None:
+        check_block_policy(build(REQUEST_POLICIES, recipe.prefix.policy))
     loaded = load_model(recipe.model, recipe)
     if recipe.graph:
         loaded.new_cache(recipe).check_static()
@@ -84,6 +92,9 @@ def _generate(recipe: GenerateRecipe, run: Run, prompts: list[str]) -> GenerateR
     if recipe.save_state is not None:
         same = recipe.resume is not None and stream.is_same_place(recipe.save_state, recipe.resume)
         writer = stream.Writer(recipe.save_state, about_run(recipe, loaded), saved if same else None)
+    store = None
+    if recipe.prefix_cache is not None:
+        store = closing.enter_context(open_store(recipe, loaded, run.reporter))
     single = recipe.prompts is None
     completions: list[Completion] = []
     costs: list[BatchCost] = []
@@ -94,7 +105,7 @@ def _generate(recipe: GenerateRecipe, run: Run, prompts: list[str]) -> GenerateR
         path = recipe.record_attention
         recording = None if path is None else Recording(path, recipe.record, cache)
         with writer or nullcontext():
-            found, cost = generate_batch(loaded, recipe, part, cache, run.reporter, single, saved, writer)
+            found, cost = generate_batch(loaded, recipe, part, cache, run.reporter, single, saved, writer, store)
         if recording is not None:
             recording.write(found[0].num_prompt_tokens, loaded)
         completions += found
@@ -128,6 +139,7 @@ def _generate(recipe: GenerateRecipe, run: Run, prompts: list[str]) -> GenerateR
         attention_trace=recipe.record_attention,
         state=recipe.save_state,
         state_bytes=None if writer is None else writer.bytes_written,
+        prefix=None if store is None else store.report(),
     )
     for name in ("resident_bytes", "peak_bytes", "full_bytes", "time_to_first_token_s", "tokens_per_s"):
         if getattr(result, name) is not None:

@@ -18,7 +18,19 @@ if TYPE_CHECKING:
     from pikv_core.model.loading import LoadedModel
     from pikv_core.schema import GenerateRecipe
 
-OF_ONE_RUN = ("prompt", "prompt_file", "save_state", "save_every", "resume", "out", "name", "threads", "device")
+OF_ONE_RUN = (
+    "prompt",
+    "prompt_file",
+    "prefix_cache",
+    "prefix",
+    "save_state",
+    "save_every",
+    "resume",
+    "out",
+    "name",
+    "threads",
+    "device",
+)
 
 
 class Saver(StoppingCriteria):

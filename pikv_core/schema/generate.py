@@ -12,10 +12,12 @@ from pikv_core.schema.base import (
     AllocationSpec,
     Backend,
     Budget,
+    Bytes,
     CodecSpec,
     PolicySpec,
     Positive,
     Recipe,
+    RequestPolicySpec,
     Section,
     Share,
 )
@@ -48,6 +50,17 @@ class RecordSettings(Section):
     vectors: bool = True  # keys and queries, for the policies that go by them
 
 
+class PrefixSettings(Section):
+    """How a new prefix store is kept; one that is there keeps its own, and refuses others."""
+
+    bytes: Bytes = "1GiB"  # of all blocks
+    policy: RequestPolicySpec = Component("lru")  # which blocks stay; any of simulate-cache's that knows no future
+    block_tokens: Positive = 64  # a multiple of the codec's unit; a prompt's last, broken block is not stored
+    touch: Literal["reverse", "forward"] = (
+        "reverse"  # last block of a prompt first: its end leaves before its beginning
+    )
+
+
 class GenerateRecipe(Recipe):
     verb: Literal["generate"] = "generate"
     model: str
@@ -67,6 +80,8 @@ class GenerateRecipe(Recipe):
     save_state: str | None = None  # a folder or fsspec URL: the log of states that a later run goes on from
     save_every: Positive = 16  # tokens
     resume: str | None = None  # a folder or URL that save_state wrote; the prompt, if any, comes behind what is there
+    prefix_cache: str | None = None  # a folder that keeps blocks of prompts for later ones that begin alike
+    prefix: PrefixSettings = PrefixSettings()
     record_attention: str | None = None  # a file of safetensors, for `pikv simulate-cache`
     record: RecordSettings = RecordSettings()
 
@@ -81,6 +96,22 @@ class GenerateRecipe(Recipe):
                 "resume takes neither record_attention nor prompt_file: a trace is of a whole run; give text as prompt"
             )
             raise PydanticCustomError("sizes", "{text}", {"text": text})
+        return self
+
+    @model_validator(mode="after")
+    def _begins_with_a_prefix(self) -> GenerateRecipe:
+        if self.prefix_cache is None:
+            return self
+        refused = [
+            (self.batch_size > 1, "batch_size above 1: prompts are padded to one length, and a prefix begins at 0"),
+            (self.resume is not None, "resume: a state has its prompt with it"),
+            (self.record_attention is not None, "record_attention: what is stored is not attended from"),
+            (self.graph, "graph: steps are not replayed beside a store"),
+        ]
+        for is_asked, reason in refused:
+            if is_asked:
+                text = f"prefix_cache does not go with {reason}"
+                raise PydanticCustomError("sizes", "{text}", {"text": text})
         return self
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("data", "moe", "model", "cache", "compression", "scheduling", "simulation", "evaluation", "training", "jobs")
-ROOMS += ("classic",)
+ROOMS += ("classic", "presses")
 COMMON = {
     "errors",
     "collectives",
@@ -32,7 +32,8 @@ MAY = {
     "training": {"model", "moe", "cache", "data", "evaluation", "scheduling", "pikv_kernels"},
     "evaluation": {"model", "cache", "data", "compression", "scheduling"},
     "classic": {"model", "cache", "compression", "scheduling"},
-    "jobs": {*ROOMS} - {"jobs", "classic"},
+    "presses": {"cache", "compression", "scheduling"},
+    "jobs": {*ROOMS} - {"jobs", "classic", "presses"},
 }
 
 
@@ -85,6 +86,7 @@ def test_libraries_stay_in_their_rooms():
         "rich": ("pikv_cli",),
         "triton": ("kernels",),
         "tensorboard": ("pikv_core/telemetry.py",),
+        "kvpress": ("pikv_core/presses",),
         "pikv_cli": ("pikv_cli",),
         "tests": (),
     }

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pikv_core.cache.backend import OTHER_BACKEND
 from pikv_core.cache.layer import CacheLayer
@@ -61,7 +61,8 @@ def pikv_attention(
                 hint="generate through a PiKVCache, or call model.set_attn_implementation('eager') for other caches",
             )
         mask = attention_mask.build() if isinstance(attention_mask, DeferredMask) else attention_mask
-        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+        stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return stock(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
     if attention_mask is not None and not isinstance(attention_mask, DeferredMask):
         raise PiKVError("a 4-D attention mask cannot follow evictions", hint="give a mask [B, T] of ones and zeros")
     is_token = None if attention_mask is None else attention_mask.is_token(query.shape[2])
@@ -71,6 +72,11 @@ def pikv_attention(
     except BackendError as error:
         raise PiKVError(str(error), hint=OTHER_BACKEND) from error
     return output.transpose(1, 2).contiguous(), None
+
+
+def claim_entry() -> None:
+    """Put the entry itself where models look for it: kvpress wraps every function that it finds on its import."""
+    ALL_ATTENTION_FUNCTIONS[ENTRY] = pikv_attention
 
 
 def chosen_kernels() -> dict[str, str]:

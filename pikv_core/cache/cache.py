@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from pikv_core import recipes
 from pikv_core.cache import by_hand
-from pikv_core.cache.attention import ENTRY
+from pikv_core.cache.attention import ENTRY, claim_entry
 from pikv_core.cache.backend import check_forced
 from pikv_core.cache.budget import Budget, Shape
 from pikv_core.cache.layer import CacheLayer
@@ -75,6 +75,7 @@ class PiKVCache(Cache):
                 for index, window in enumerate(per_layer)
             ]
         )
+        claim_entry()
         config._attn_implementation = ENTRY
 
     @classmethod

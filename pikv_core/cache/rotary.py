@@ -43,7 +43,7 @@ class Rotary:
         """Return the rotary embedding of a transformers model's decoder, None where it has none (learned positions)."""
         modules = list(model.get_decoder().modules())
         embedding = next((module for module in modules if type(module).__name__.endswith("RotaryEmbedding")), None)
-        attention = next((module for module in modules if _is_rotary_attention(module)), None)
+        attention = next((module for module in modules if is_rotary_attention(module)), None)
         if embedding is None or attention is None:
             return None
         return cls(embedding, attention, model.config.get_text_config(decoder=True))
@@ -149,7 +149,8 @@ def _pairs_of(apply: Any, P: int, width: int) -> Tensor | None:
     return torch.stack([one, other]) if is_known else None
 
 
-def _is_rotary_attention(module: nn.Module) -> bool:
+def is_rotary_attention(module: nn.Module) -> bool:
+    """Tell whether a module is attention that rotates its queries and keys."""
     return hasattr(module, "layer_idx") and bool(_calls(type(module).forward, ROTATION))
 
 

@@ -41,13 +41,14 @@ class PiKVAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Any,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output [B, T, hidden] and the attention weights, where there are any."""
+        x = hidden_states
         heads = (*x.shape[:-1], -1, self.head_dim)
         q_BHTD = self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2)
         k_BHTD = self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2)

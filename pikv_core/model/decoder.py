@@ -71,7 +71,7 @@ class PiKVDecoderLayer(GradientCheckpointingLayer):
                 x = x + self.self_attn.attend_causally(normed, kwargs["position_embeddings"])
                 normed = rms_norm(x, second.weight, second.variance_epsilon)
         else:
-            out, attention = self.self_attn(first(x), **kwargs)
+            out, attention = self.self_attn(hidden_states=first(x), **kwargs)
             x = x + out
             normed = second(x)
         told = {name: info for name, info in (router_info or {}).items() if name == self.mlp.gate.told}
@@ -150,9 +150,11 @@ class PiKVModel(PiKVPreTrainedModel):
         x = inputs_embeds
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
+        if kwargs.get("cache_position") is None:  # what hooks on attention, such as kvpress's, tell prompts by
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
+            kwargs["cache_position"] = torch.arange(x.shape[1], device=x.device) + seen
+        if position_ids is None:
+            position_ids = kwargs["cache_position"][None]
         mask = causal_mask(self.config, x, attention_mask, past_key_values, position_ids)
         rotary = self.rotary_emb(x, position_ids=position_ids)
         learns = mask is None and past_key_values is None and self._may_learn_fast()

@@ -53,6 +53,7 @@ class Switch(Evictor):
     step before. A candidate that decides once stays with what it saw of the last prompt, and keeps all later tokens.
     """
 
+    waits_for_steps: ClassVar[bool] = True
     listed: ClassVar[str] = "policies"  # what `switch:h2o+snapkv` names
     policies: tuple[str, ...] = ("h2o", "snapkv")
     margin: Annotated[float, Field(ge=0)] = 0.02

@@ -94,8 +94,10 @@ def put(
         codes = {name: torch.cat([block[prefix + name] for block in blocks], dim=2)[:, :, :rows] for name in names}
         codes = {name: x.to(like.device) for name, x in codes.items()}
         position = layer.seen.advance(num_tokens, None)
-        if lane.body is None:
-            lane.arrive(codes["keys"], codes["values"], position)
+        if lane.body is None or layer.evictor is not None or layer.window is not None:
+            # Decoded, for tokens to go one by one: of a first prompt that is chosen before anything is encoded.
+            by_head = position[:, None].expand(1, G, -1)
+            lane.arrive(*lane.plan.codec.decode(codes, by_head, like.dtype), position)
         else:
             _put_codes(lane, codes, position, like.dtype)
         layer.seen_length += num_tokens

@@ -42,7 +42,7 @@ def test_a_shown_command_is_taken(document, words, monkeypatch):
     assert f"verb: {words[0]}" in result.output
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md", "docs/log.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md", "docs/log.md", "docs/presses.md"])
 def test_what_is_linked_is_there(document):
     file = ROOT / document
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", file.read_text(encoding="utf-8")):

@@ -66,8 +66,8 @@ class Evictor(Policy, Observer, ABC):
     attention alone being observed, before the score is taken: the prompt again ("repeat"), or what the run will
     feed it later ("future"); None for nothing. sees_queries: whether `observe_queries` is called. is_static: whether
     `observe` and `score` ask the device for no value and do the same in every step of one token, so that a step can be
-    recorded and replayed; of a policy that decides once nothing runs in such a step. waits_for_steps: whether it goes
-    by steps of one token alone, so that a prompt tells it nothing.
+    recorded and replayed; of a policy that decides once nothing runs in such a step. waits_for_steps: whether it has
+    nothing to decide by before steps of one token have come.
     """
 
     decides_once: ClassVar[bool] = False

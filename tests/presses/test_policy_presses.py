@@ -115,7 +115,7 @@ def test_padding_is_never_kept(stock, name):
     assert stats["kept_tokens"] == sum(int((position >= 0).sum()) for position in press.positions.values())
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "pikv"])
 @pytest.mark.parametrize("name", ["snapkv", "keydiff", "h2o", "streaming-llm"])
 def test_a_padded_batch_generates_what_its_rows_generate_alone(stock, name, attention):
     model = stock("llama")

@@ -41,19 +41,38 @@ class Wire:
 
     def gather(self, *tensors: torch.Tensor) -> list[list[torch.Tensor]]:
         """Return what every rank gives, in the order of ranks; shapes and dtypes are the same on all of them."""
-        mine = torch.cat([x.contiguous().view(-1).view(torch.uint8) for x in tensors])
+        sizes = [x.nbytes for x in tensors]
+        mine = torch.empty(sum(sizes), dtype=torch.uint8, device=tensors[0].device)
+        for part, x in zip(mine.split(sizes), tensors, strict=True):
+            part.view(x.dtype).view(x.shape).copy_(x)
         whole = self._exchange(mine).view(self.count, -1)
         self.received_bytes += (self.count - 1) * mine.nbytes
-        sizes = [x.nbytes for x in tensors]
         return [
             [part.view(x.dtype).view(x.shape) for part, x in zip(row.split(sizes), tensors, strict=True)]
             for row in whole
         ]
 
+    def numbers(self, value: int) -> list[int]:
+        """Return a number of every rank; uncounted."""
+        return self._exchange(torch.tensor([value]).view(torch.uint8)).view(torch.int64).tolist()
+
+    def collect(self, data: bytes) -> list[bytes]:
+        """Return on rank 0 what every rank gives, and nothing on the others; uncounted."""
+        sizes = self.numbers(len(data))
+        if self.rank:
+            dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0)
+            return []
+        arrived = [data]
+        for rank in range(1, self.count):
+            there = torch.empty(sizes[rank], dtype=torch.uint8)
+            dist.recv(there, rank)
+            arrived.append(there.numpy().tobytes())
+        return arrived
+
     def _exchange(self, mine: torch.Tensor) -> torch.Tensor:
         """Return the bytes of all ranks, one after the other."""
         whole = mine.new_empty(self.count * len(mine))
-        dist.all_gather_into_tensor(whole, mine)
+        dist.all_gather([*whole.view(self.count, -1)], mine)
         return whole
 
 

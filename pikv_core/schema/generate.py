@@ -54,6 +54,7 @@ class GenerateRecipe(Recipe):
     cache: CacheRecipe = CacheRecipe()
     backend: Backend = "auto"
     graph: bool = False  # record a step at full budget as a CUDA graph, and replay it
+    split: Literal["heads", "tokens"] | None = None  # how the ranks that torchrun starts share the cache
     prompt: str | None = None
     prompt_file: str | None = None
     prompts: str | None = None  # a jsonl file with a key `prompt` in every line
@@ -80,6 +81,16 @@ class GenerateRecipe(Recipe):
             text = (
                 "resume takes neither record_attention nor prompt_file: a trace is of a whole run; give text as prompt"
             )
+            raise PydanticCustomError("sizes", "{text}", {"text": text})
+        return self
+
+    @model_validator(mode="after")
+    def _splits_what_it_can(self) -> GenerateRecipe:
+        if self.split is not None and (self.graph or self.record_attention is not None):
+            name, why = (
+                ("graph", "a graph replays one process") if self.graph else ("record_attention", "a trace is whole")
+            )
+            text = f"split does not go with {name}: {why}, and each rank has a part; leave out one of them"
             raise PydanticCustomError("sizes", "{text}", {"text": text})
         return self
 

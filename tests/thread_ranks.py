@@ -31,6 +31,13 @@ class ThreadWire(Wire):
         self._board.barrier.wait()
         return whole
 
+    def collect(self, data):
+        self._board.parts[self.rank] = data
+        self._board.barrier.wait()
+        whole = list(self._board.parts)
+        self._board.barrier.wait()
+        return [] if self.rank else whole
+
 
 def on_ranks(count, work):
     """Return what work(wire) returns on each of `count` ranks, in their order."""

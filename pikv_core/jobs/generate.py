@@ -25,8 +25,8 @@ class GenerateResult:
 
     With many prompts `text` and `token_ids` are None and `completions` holds each. events: what the policy tells of the
     run, such as a switch: its layer, its step in tokens seen, and why; with many prompts, the number of the batch too.
-    ranks: processes that hold the cache, as `split` says. communicated_bytes_per_token: what came to each from the others
-    in a step after the prompt, None where there was none, and where one process holds all.
+    ranks: processes that hold the cache, as `split` says. communicated_bytes_per_token: what came to each from the
+    others in a step after the prompt, None where there was none, and where one process holds all.
     """
 
     text: str | None

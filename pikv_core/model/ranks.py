@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from pikv_core.cache.ranks_snapshot import part_of
 from pikv_core.collectives import is_of_connection
 from pikv_core.errors import PiKVError, UsageError
 
-ENDED = "ended/"  # in the ranks' store: whether a reason has been told
+ENDED = "ended"  # in the ranks' store: whether a reason has been told
+_runs = itertools.count()  # the ranks take part in the same ones
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Ranks:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         store, rank, count = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore("generate", store)
+        store = dist.PrefixStore(f"generate/{next(_runs)}", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         with _told_once(rank, store, hint):
             dist.init_process_group(backend, store=store, rank=rank, world_size=count)

@@ -19,7 +19,9 @@ METHODS = {
     "expected-attention": ({"policy": "expected-attention", "budget": 60}, ("heads",)),
     "quest": ({"policy": {"name": "quest", "dense_layers": 1}, "budget": 64}, ("heads",)),
 }
+QUICK = [("full+int8", "tokens"), ("h2o+int8", "heads")]
 CASES = [(name, split) for name, (_, splits) in METHODS.items() for split in splits]
+CASES = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
 
 
 def feed(model, cache, ids, writer=None, start=0):

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from pikv_core.cache.ranks_snapshot import part_of
 from pikv_core.collectives import is_of_connection
 from pikv_core.errors import PiKVError, UsageError
 
-ENDED = "ended"  # in the ranks' store: whether a reason has been told
+ENDED, MISTAKEN = "ended", "mistaken"  # in the ranks' store: whether a reason has been told, and of what kind
+PATIENCE = timedelta(seconds=20)
 _runs = itertools.count()  # the ranks take part in the same ones
 
 
@@ -49,17 +51,17 @@ class Ranks:
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             yield cls()
             return
-        if split is None:
-            raise UsageError(
-                "the processes that torchrun started have to be told how they split the cache",
-                hint="give --split heads or --split tokens, or start one process without torchrun",
-            )
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         store, rank, count = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"generate/{next(_runs)}", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         with _told_once(rank, store, hint):
+            if split is None:
+                raise UsageError(
+                    "the processes that torchrun started have to be told how they split the cache",
+                    hint="give --split heads or --split tokens, or start one process without torchrun",
+                )
             dist.init_process_group(backend, store=store, rank=rank, world_size=count)
             yield cls(split, Wire(rank, count))
             dist.barrier()
@@ -138,23 +140,32 @@ def _told_once(rank: int, store: Any, hint: str) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
+        signal.signal(signal.SIGTERM, before)
     except PiKVError as error:
-        if not _is_first(store) and not isinstance(error, UsageError):  # these are every rank's, and rank 0 tells them
-            raise SystemExit(error.exit_code) from error
+        _end(store, error, rank if isinstance(error, UsageError) else None)
         raise
     except RuntimeError as error:
         if not is_of_connection(error):
             raise
-        if not _is_first(store):
-            raise SystemExit(1) from error
-        raise PiKVError(f"rank {rank}: another rank is lost, and the run ends", hint=hint) from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        lost = PiKVError(f"rank {rank}: another rank is lost, and the run ends", hint=hint)
+        _end(store, lost)
+        raise lost from error
 
 
-def _is_first(store: Any) -> bool:
-    """Tell whether no other rank has told a reason."""
+def _end(store: Any, error: PiKVError, rank: int | None = None) -> None:
+    """Return where this rank is the one to tell an error, and end the process without a word elsewhere.
+
+    rank: of a mistake in the call, which every rank makes and the first one tells; the others wait for it, since
+    torchrun ends all when one has ended.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is told is told to the end
     try:
-        return store.add(ENDED, 1) == 1
-    except RuntimeError:  # the store is gone with the rank that had it
-        return True
+        is_first = store.add(ENDED, 1) == 1
+        if rank == 0:
+            store.set(MISTAKEN, "")
+        elif rank is not None:
+            store.wait([MISTAKEN], PATIENCE)
+    except RuntimeError:  # the store is gone with its rank, or the mistake is not one of the first rank's
+        raise PiKVError(error.message, error.hint) from error
+    if rank != 0 and not is_first:
+        raise SystemExit(error.exit_code) from error

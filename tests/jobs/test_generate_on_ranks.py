@@ -16,6 +16,8 @@ from small_models import SMALL
 
 from pikv_cli import app
 from pikv_core.data.recall import Recall
+from pikv_core.errors import PiKVError, UsageError
+from pikv_core.model.ranks import _told_once
 from pikv_core.runs import Reporter
 
 PROMPT = " ".join(f"f{number} k{number % 7} v{number % 5}" for number in range(40))
@@ -116,6 +118,54 @@ def test_ranks_give_the_tokens_of_one_process_and_save_as_one(folder, tmp_path, 
         assert max(found["resident_bytes_by_rank"]) <= slack * full["resident_bytes"] / count
         assert sum(found["resident_bytes_by_rank"]) == found["resident_bytes"]
         assert found["resident_bytes"] == pytest.approx(full["resident_bytes"], rel=0.1)
+
+
+class Store(dict):
+    """Stand for the store of ranks, of which nobody waits in vain."""
+
+    def add(self, key, amount):
+        self[key] = self.get(key, 0) + amount
+        return self[key]
+
+    def set(self, key, value):
+        self[key] = value
+
+    def wait(self, keys, patience):
+        if not self.keys() >= {*keys}:
+            raise torch.distributed.DistStoreError("timed out")
+
+
+def outcome(rank, store, error):
+    """Return what ends a rank that ran into an error."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(BaseException) as stop, _told_once(rank, store, "go on"):
+            raise error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return stop.value
+
+
+def test_an_error_is_told_by_one_rank():
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    store = Store()
+    first = outcome(2, store, lost)
+    assert (first.message, first.hint) == ("rank 2: another rank is lost, and the run ends", "go on")
+    for rank in (0, 1):
+        assert outcome(rank, store, lost).code == 1
+    store = Store()
+    assert outcome(1, store, PiKVError("disk full")).message == "disk full"
+    assert outcome(0, store, lost).code == 1
+    assert isinstance(outcome(0, Store(), ValueError("a fault")), ValueError)
+    assert str(outcome(0, Store(), RuntimeError("a fault"))) == "a fault"
+
+
+def test_a_mistake_in_the_call_is_the_first_rank_s_to_tell():
+    store, mistake = Store(), UsageError("no such policy")
+    assert outcome(0, store, mistake) is mistake
+    assert outcome(1, store, mistake).code == 2  # what the command line does not print for this rank
+    other = outcome(1, Store(), mistake)  # the first rank has not made it
+    assert (type(other), other.message) == (PiKVError, "no such policy")
 
 
 @pytest.mark.slow

@@ -24,6 +24,9 @@ def generate(
     ] = (),  # type: ignore[assignment]
     backend: options.Backend = None,
     graph: Annotated[bool | None, typer.Option("--graph", help="Replay steps at full budget as a CUDA graph.")] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="heads|tokens", help="How the ranks that torchrun starts share the cache.")
+    ] = None,
     rerotate: Annotated[
         bool | None, typer.Option("--rerotate", help="Read kept keys at positions 0, 1, 2, ...")
     ] = None,
@@ -67,6 +70,7 @@ def generate(
         "cache.rerotate": rerotate,
         "backend": backend,
         "graph": graph,
+        "split": split,
         "prompt_file": prompt_file,
         "prompts": prompts,
         "batch_size": batch_size,
@@ -94,7 +98,7 @@ def _go_on_from(resume: str, shared: options.Shared, flags: dict[str, Any]) -> N
     from pikv_core.cache import stream
     from pikv_core.errors import UsageError
 
-    own = {"resume", "save_state", "save_every", "prompt", "max_new_tokens", "backend"}
+    own = {"resume", "save_state", "save_every", "prompt", "max_new_tokens", "backend", "split"}
     given = [name.split(".")[-1] for name, value in flags.items() if value not in (None, []) and name not in own]
     given += [name for name in ("recipe", "set", "seed", "dtype") if getattr(shared, name)]
     if given:
@@ -117,6 +121,11 @@ def _show(result: Any, folder: Path) -> None:
         f"({result.backend}); details: {folder}",
         err=True,
     )
+    if result.ranks > 1:
+        each = ", ".join(f"{num_bytes:,}" for num_bytes in result.resident_bytes_by_rank)
+        sent = result.communicated_bytes_per_token
+        told = "" if sent is None else f"; {sent:,.0f} bytes a token come to each from the others"
+        typer.echo(f"{result.ranks} ranks, split by {result.split}: {each} bytes{told}", err=True)
     if result.state is not None:
         typer.echo(f"state: {result.state}, {result.state_bytes:,} bytes written", err=True)
     if (prefix := result.prefix) is not None:

@@ -23,7 +23,8 @@ class LayerRun:
     own: memory of this layer, shared: of all layers of the cache (keys by member, such as "fastv"); both live as long
     as the cache's tokens, and the first dimension of a tensor in them is the batch. rotary: the model's rotary
     embedding, None before `cache.attach(model)` or where it has none. fitted: tensors of the policy's calibration, for
-    all layers. events: what is worth a line in the report.
+    all layers. events: what is worth a line in the report. first_head: of a layer that is split over ranks by heads,
+    which is the first one here.
     """
 
     index: int
@@ -34,6 +35,7 @@ class LayerRun:
     own: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
+    first_head: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -17,6 +17,7 @@ from pikv_core.cache.attention import ENTRY, claim_entry
 from pikv_core.cache.backend import check_forced
 from pikv_core.cache.budget import Budget, Shape
 from pikv_core.cache.layer import CacheLayer
+from pikv_core.cache.ranks import Wire, make_split
 from pikv_core.cache.recording import Recorder
 from pikv_core.cache.rotary import Rotary
 from pikv_core.cache.static import check_static
@@ -128,6 +129,19 @@ class PiKVCache(Cache):
         heads = text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         return Shape(len(self.layers), 1, getattr(text, "num_key_value_heads", None) or heads, head_dim, model.dtype)
+
+    def share(self, split: str, wire: Wire, model: PreTrainedModel) -> PiKVCache:
+        """Hold a part of every layer, split over the ranks of a wire by "heads" or "tokens"; return the cache.
+
+        Raises UsageError where the recipe cannot be split so.
+        """
+        shape = self._shape_for(model)
+        codecs = [self._bind(index, shape)[0] for index in range(len(self.layers))]
+        policy, per_layer = self.own_layers[0].policy, windows(self._config)
+        made = make_split(split, wire, self.recipe, policy, codecs, shape.num_kv_heads, per_layer)
+        for layer in self.own_layers:
+            layer.split = made
+        return self
 
     def attach(self, model: PreTrainedModel) -> PiKVCache:
         """Make `model` attend through this cache's entry, and return the cache.

@@ -390,12 +390,16 @@ class Lane:
         self.in_order = self.in_order and not dropped.moved
         self.has_empty = self.has_empty or dropped.emptied
 
-    def encode(self) -> None:
-        """Move the oldest whole units of the tail, full precision until now, into the body."""
+    def encode(self, num_waiting: int | None = None) -> None:
+        """Move the oldest whole units of the tail, full precision until now, into the body.
+
+        num_waiting: tokens that stay, None for what the codec says.
+        """
         tail, body = self.tail, self.body
         if body is None:
             return
-        num_tokens = (tail.num_slots - body.codec.residual) // body.unit * body.unit
+        stay = body.codec.residual if num_waiting is None else num_waiting
+        num_tokens = (tail.num_slots - stay) // body.unit * body.unit
         if num_tokens <= 0:
             return
         order = tail.position.argsort(dim=-1, stable=True)

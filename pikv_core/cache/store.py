@@ -281,7 +281,7 @@ def _take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     B, G, R = x.shape[:3]
     heads = torch.arange(B * G, device=x.device).view(B, G, 1) * R
     flat = x.view(B * G * R, *x.shape[3:])
-    return flat.index_select(0, (heads + rows).flatten()).view(B, G, -1, *x.shape[3:])
+    return flat.index_select(0, (heads + rows).flatten()).view(B, G, rows.shape[2], *x.shape[3:])
 
 
 def _pairs(x: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:

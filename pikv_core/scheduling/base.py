@@ -45,11 +45,14 @@ class Policy:
     """Base of all policies; on its own it keeps and reads every token.
 
     calibrated: whether it needs tensors that were fitted to the model (`LayerRun.fitted`). reads: what else it asks of
-    a run: the stored "keys" and "values", the model's "rotary" embedding.
+    a run: the stored "keys" and "values", the model's "rotary" embedding. heads_apart: whether each key/value head is
+    judged by its own tokens and attention alone, so that heads may lie on ranks apart; what such a policy remembers of
+    a layer are plain values, and tensors whose second dimension, if any, is the heads.
     """
 
     name: ClassVar[str]
     calibrated: ClassVar[bool] = False
+    heads_apart: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -89,6 +92,13 @@ class Evictor(Policy, Observer, ABC):
         """Return tokens per head [B,G] of this layer where the policy has its own idea, given the mean over all [B].
 
         None leaves it to the allocation.
+        """
+        return None
+
+    def ends(self, capacity: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return how many first and newest tokens [B,G] of a sequence stay, where positions alone say it; None else.
+
+        capacity [B,G]: tokens that may stay, the same in every step.
         """
         return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class Quest(Selector):
     """Score pages by channel-wise bounds of their keys, summed over a head's query group; at least 3 are read."""
 
+    heads_apart: ClassVar[bool] = True
     page_tokens: Annotated[int, Field(ge=8, multiple_of=8)] = 16
     dense_layers: Annotated[int, Field(ge=0)] = 2
 

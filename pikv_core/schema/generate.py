@@ -67,6 +67,7 @@ class GenerateRecipe(Recipe):
     cache: CacheRecipe = CacheRecipe()
     backend: Backend = "auto"
     graph: bool = False  # record a step at full budget as a CUDA graph, and replay it
+    split: Literal["heads", "tokens"] | None = None  # how the ranks that torchrun starts share the cache
     prompt: str | None = None
     prompt_file: str | None = None
     prompts: str | None = None  # a jsonl file with a key `prompt` in every line
@@ -107,11 +108,22 @@ class GenerateRecipe(Recipe):
             (self.resume is not None, "resume: a state has its prompt with it"),
             (self.record_attention is not None, "record_attention: what is stored is not attended from"),
             (self.graph, "graph: steps are not replayed beside a store"),
+            (self.split is not None, "split: a block is of whole layers"),
         ]
         for is_asked, reason in refused:
             if is_asked:
                 text = f"prefix_cache does not go with {reason}"
                 raise PydanticCustomError("sizes", "{text}", {"text": text})
+        return self
+
+    @model_validator(mode="after")
+    def _splits_what_it_can(self) -> GenerateRecipe:
+        if self.split is not None and (self.graph or self.record_attention is not None):
+            name, why = (
+                ("graph", "a graph replays one process") if self.graph else ("record_attention", "a trace is whole")
+            )
+            text = f"split does not go with {name}: {why}, and each rank has a part; leave out one of them"
+            raise PydanticCustomError("sizes", "{text}", {"text": text})
         return self
 
     @model_validator(mode="after")

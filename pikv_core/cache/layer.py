@@ -19,6 +19,8 @@ from pikv_core.cache.reach import Reach
 from pikv_core.cache.recording import Recorded, Recorder
 from pikv_core.cache.seen import Seen
 from pikv_core.cache.store import EMPTY
+from pikv_core.cache.tiers import Tiers
+from pikv_core.cache.tiers_placing import place
 from pikv_core.compression.base import Codec
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.observation import LayerRun, Observer
@@ -47,6 +49,7 @@ class CacheLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     recorder: Recorder | None = None  # is told of every step
+    tiers: Tiers | None = None  # where pages go that the device has no room for
     is_recorded = False  # to be replayed: nothing may be asked of the device
 
     def __init__(
@@ -95,7 +98,9 @@ class CacheLayer(CacheLayerMixin):
         self.run.num_kv_heads = G
         codec, budget = self._bind(self.index, self._shape)
         self.budgets = HeadBudgets(budget, self.allocation, self.evictor, self.window, self.run)
-        self.plan = LayerPlan(codec, self.evictor, self._selector, self.window, self._rerotate, self.run)
+        if self.tiers is not None:
+            self.tiers.start(key_states)
+        self.plan = LayerPlan(codec, self.evictor, self._selector, self.window, self._rerotate, self.run, self.tiers)
         self.lanes = [Lane(self.plan, None, torch.arange(G).expand(B, G))]
         self.seen = Seen(B, key_states.device)
         self.is_initialized = True
@@ -323,6 +328,8 @@ class CacheLayer(CacheLayerMixin):
 
     def _end_step(self, num_new: int, is_prompt: bool) -> None:
         self.seen_length += num_new
+        if self.tiers is not None:
+            self.tiers.is_decoding = num_new == 1
         self._on_change(self.index)
         if self.held:
             self._seen_since_hold[self.seen_length] = self.num_seen
@@ -366,6 +373,7 @@ class CacheLayer(CacheLayerMixin):
             return
         if self.evictor is None and self.window is None and self.lanes[0].body is None:
             self.looking = False
+            self._place()
             return
         for lane in self.lanes:
             if lane.body is not None and lane.body.num_slots:
@@ -376,6 +384,12 @@ class CacheLayer(CacheLayerMixin):
             lane.encode()
         self.looking = False
         self._on_change(self.index)
+        self._place()
+
+    def _place(self) -> None:
+        if self.tiers is not None:
+            place(self.lanes[0], self._read_tokens)
+            self._on_change(self.index)
 
     def _evict(self) -> None:
         drops = self.evictor is not None

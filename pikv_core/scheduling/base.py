@@ -45,10 +45,12 @@ class Policy:
     """Base of all policies; on its own it keeps and reads every token.
 
     calibrated: whether it needs tensors that were fitted to the model (`LayerRun.fitted`). reads: what else it asks of
-    a run: the stored "keys" and "values", the model's "rotary" embedding.
+    a run: the stored "keys" and "values", the model's "rotary" embedding. takes_budget: False where it keeps and reads
+    everything, so that a budget means nothing.
     """
 
     name: ClassVar[str]
+    takes_budget: ClassVar[bool] = True
     calibrated: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
 

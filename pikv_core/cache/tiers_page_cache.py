@@ -43,7 +43,7 @@ class PageCache:
         missing = ~match.any(-1) & ~is_last
         used = torch.zeros(B, G, N + 1, dtype=torch.bool)
         used.scatter_(2, torch.where(missing | is_last, N, slot), True)
-        free = used[..., :N].int().argsort(-1, stable=True)
+        free = used[..., :N].int().argsort(dim=-1, stable=True)
         slot = torch.where(missing, free.gather(2, (missing.cumsum(-1) - 1).clamp(min=0)), slot)
         slot = slot.masked_fill(is_last, N)
         row, head, at = missing.nonzero(as_tuple=True)
@@ -66,13 +66,16 @@ class PageCache:
             target[:, :, N * per_page : N * per_page + newest_units] = x[:, :, here : here + newest_units]
         return slot.to(pages.device), moved
 
-    def of_slots(self, x: torch.Tensor, num_slots: int) -> torch.Tensor:
-        """Return [B,G,N'] of what x [B,1|G,·] tells of the first `num_slots` stored slots, for the slots here."""
-        last, token = (num_slots - 1) // self._page_tokens, torch.arange(self._page_tokens)
-        held = torch.cat([self._held, torch.full_like(self._held[:, :, :1], last)], dim=2).clamp(min=0)
-        index = (held[..., None] * self._page_tokens + token).flatten(2)
-        index = index[:, :, : self._held.shape[2] * self._page_tokens + num_slots - last * self._page_tokens]
+    def of_slots(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [B,G,N'] of what x [B,1|G,S] tells of the stored slots, for the slots here; any number for empty ones."""
+        last, token = (x.shape[2] - 1) // self._page_tokens, torch.arange(self._page_tokens)
+        held = torch.cat([self._held, torch.full_like(self._held[:, :, :1], last)], dim=2)
+        index = (held[..., None] * self._page_tokens + token).flatten(2).clamp(0, x.shape[2] - 1)
         return x.expand(-1, index.shape[1], -1).gather(2, index.to(x.device))
+
+    def num_slots(self, stored_slots: int) -> int:
+        """Return how many slots there are here up to the newest one of those stored."""
+        return self._held.shape[2] * self._page_tokens + (stored_slots - 1) % self._page_tokens + 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PageCache:
         return PageCache(self._page_tokens)

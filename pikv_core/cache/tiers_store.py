@@ -187,9 +187,9 @@ class TieredStore(Store):
         if moved:
             spent = time.perf_counter() - start
             self.tiers.transfers.totals.read(moved, spent, spent)
-        position = self._cache.of_slots(self.position, self.num_slots)
-        staged = self._view(self._cache.encoded, position, position.shape[2])
-        seen = None if visible is None else self._cache.of_slots(visible.flatten(2), self.num_slots)[:, :, None]
+        num_slots = self._cache.num_slots(self.num_slots)
+        staged = self._view(self._cache.encoded, self._cache.of_slots(self.position), num_slots)
+        seen = None if visible is None else self._cache.of_slots(visible.flatten(2))[:, :, None, :num_slots]
         return staged.attend_pages(query, seen, slots, page_tokens, scale, softcap)
 
     def pages(self, pages: torch.Tensor, page_tokens: int) -> Store:

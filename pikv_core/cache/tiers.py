@@ -162,9 +162,11 @@ class Tiers:
 
     @property
     def staging_limit(self) -> int | None:
-        """Bytes that staging may take, None for what two whole layers need."""
+        """Bytes that staging may take, None for what two whole layers need; few where most layers read pages alone."""
         if self.limits.staging is not None or self.limits.device is None:
             return self.limits.staging
+        if isinstance(self._policy, Selector):
+            return self.limits.device // 4 if self._policy.dense_layers else 0
         return self.limits.device // 2
 
     def _make_buffers(self) -> None:

@@ -114,13 +114,12 @@ class TieredStore(Store):
         positions = 4 * B * G * (1.01 * total + self._grain)
         chosen = (read_pages + 3) * page * slot_bytes if self._reads_pages else 0
         room = int((given - beside_bytes - positions - chosen) / slot_bytes / 1.01) - self._grain - page
-        if room < page:
-            short = (page - room) * 1.01 * slot_bytes * self.tiers.num_layers
+        if room < 1:
             limit = self.tiers.limits.device or 0
             raise PiKVError(
-                f"a device limit of {limit:,} bytes has no room for {page} tokens of {total} in each layer, beside "
-                f"{self.tiers.staging_limit or 0:,} bytes of staging and what tells of the other tokens",
-                hint=f"raise cache.tiers.device by {math.ceil(short):,} bytes, or give a smaller cache.tiers.staging",
+                f"a device limit of {limit:,} bytes has no room for the newest {page} tokens of {total} in each layer, "
+                f"beside {self.tiers.staging_limit or 0:,} bytes of staging and what tells of the other tokens",
+                hint="raise cache.tiers.device, or give a smaller cache.tiers.staging or page_tokens",
             )
         return max(0, -(-(total - room) // page))
 

@@ -24,6 +24,7 @@ class GenerateResult:
 
     With many prompts `text` and `token_ids` are None and `completions` holds each. events: what the policy tells of the
     run, such as a switch: its layer, its step in tokens seen, and why; with many prompts, the number of the batch too.
+    tiers: of the largest batch, bytes by tier and what was moved (docs/tiers.md); None where there are none.
     """
 
     text: str | None
@@ -45,6 +46,7 @@ class GenerateResult:
     attention_trace: str | None
     state: str | None
     state_bytes: int | None  # written by this run
+    tiers: dict[str, Any] | None
 
 
 def run(recipe: GenerateRecipe, run: Run) -> GenerateResult:
@@ -128,10 +130,14 @@ def _generate(recipe: GenerateRecipe, run: Run, prompts: list[str]) -> GenerateR
         attention_trace=recipe.record_attention,
         state=recipe.save_state,
         state_bytes=None if writer is None else writer.bytes_written,
+        tiers=largest.tiers,
     )
     for name in ("resident_bytes", "peak_bytes", "full_bytes", "time_to_first_token_s", "tokens_per_s"):
         if getattr(result, name) is not None:
             run.telemetry.scalar(f"generate/{name}", getattr(result, name))
+    for name in ("bytes_moved", "transfer_s", "waited_s", "share_hidden"):
+        if result.tiers is not None and result.tiers[name] is not None:
+            run.telemetry.scalar(f"generate/tiers/{name}", result.tiers[name])
     _log_switches(events, run)
     run.finish(result, loaded.backends)
     return result

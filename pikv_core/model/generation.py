@@ -42,7 +42,7 @@ def as_chat(tokenizer: Any, prompt: str) -> str:
 class BatchCost:
     """Bytes at the end and at the peak, and times; `num_later_tokens` came in `decode_s`, after the first of each.
 
-    first_token_s: None where a run was gone on with that had nothing left to do.
+    first_token_s: None where a run was gone on with that had nothing left to do. tiers: see `Tiers.report`.
     """
 
     resident_bytes: int
@@ -51,6 +51,7 @@ class BatchCost:
     first_token_s: float | None
     decode_s: float
     num_later_tokens: int
+    tiers: dict[str, Any] | None
 
 
 def generate_batch(
@@ -132,6 +133,7 @@ def generate_batch(
         first_token_s=clock.times[0] - clock.start if clock.times else None,
         decode_s=clock.times[-1] - clock.times[0] if clock.times else 0.0,
         num_later_tokens=sum(max(0, len(completion.token_ids) - num_before - 1) for completion in completions),
+        tiers=None if cache.tiers is None else cache.tiers.report(),
     )
     return completions, cost
 

@@ -37,5 +37,5 @@ class TiersRecipe(Section):
     cxl: CxlRecipe | None = None
     disk: str | None = None  # a folder; its files are gone with the process, however it ends
     disk_bytes: Bytes | None = None
-    staging: Bytes | None = None  # of the device's: what pages are brought into; half of it, or two layers
-    page_tokens: Positive = 64  # that leave the device together
+    staging: Bytes | None = None  # of the device's: what pages are brought into; half of it, without limit two layers
+    page_tokens: Positive = 32  # that leave the device together

@@ -373,7 +373,7 @@ class CacheLayer(CacheLayerMixin):
             return
         if self.evictor is None and self.window is None and self.lanes[0].body is None:
             self.looking = False
-            self._place()
+            self.place_pages()
             return
         for lane in self.lanes:
             if lane.body is not None and lane.body.num_slots:
@@ -384,9 +384,10 @@ class CacheLayer(CacheLayerMixin):
             lane.encode()
         self.looking = False
         self._on_change(self.index)
-        self._place()
+        self.place_pages()
 
-    def _place(self) -> None:
+    def place_pages(self) -> None:
+        """Move to tiers what the device has no room for."""
         if self.tiers is not None:
             place(self.lanes[0], self._read_tokens)
             self._on_change(self.index)

@@ -24,7 +24,7 @@ from pikv_core.schema import CacheRecipe, TiersRecipe
 if TYPE_CHECKING:
     from pikv_core.cache.tiers_store import TieredStore
 
-NUM_BUFFERS = 8  # where a layer is read in pieces; two where it is read whole
+NUM_BUFFERS = 4  # where a layer is read in pieces; two where it is read whole
 SPARE = 16  # a sixteenth of the buffers, to grow
 
 

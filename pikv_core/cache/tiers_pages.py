@@ -16,7 +16,7 @@ import torch
 from pikv_core.cache.tiers_memory import Tier
 
 GRAIN_BYTES = 64  # that tensors begin at a multiple of
-EXTENT_PAGES = 8  # that are allocated at a time while single pages arrive
+MOST_PAGES = 64  # that are allocated at a time while single pages arrive, and a sixteenth of those that are there
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,9 @@ class SlowPages:
         while done < num_pages:
             index = next((i for i, x in enumerate(self.extents) if x.tier is tier and x.used < x.room), None)
             if index is None:
-                grain = EXTENT_PAGES if limit_bytes is None else min(EXTENT_PAGES, self._affordable(tier, limit_bytes))
+                grain = min(MOST_PAGES, self.num_pages // 16)
+                if limit_bytes is not None:
+                    grain = min(grain, self._affordable(tier, limit_bytes))
                 room = max(num_pages - done, grain)
                 self.extents.append(Extent(tier, self.layout, room, self.page_units))
                 index = len(self.extents) - 1

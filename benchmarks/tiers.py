@@ -131,7 +131,9 @@ def _table(rows: list[dict[str, Any]]) -> str:
                 f"{told['device_peak_decoding_bytes'] / 2**20:.1f}",
             ]
         same = "yes" if told["same_tokens"] else "no"
-        lines.append(f"| {told['cache']} | {told['ms']:.1f} | {told['over_memory']:.2f} | {' | '.join(parts)} | {same} |")
+        lines.append(
+            f"| {told['cache']} | {told['ms']:.1f} | {told['over_memory']:.2f} | {' | '.join(parts)} | {same} |"
+        )
     return table(head, lines)
 
 

@@ -89,7 +89,11 @@ def _go_on_from(resume: str, shared: options.Shared, flags: dict[str, Any]) -> N
     from pikv_core.errors import UsageError
 
     own = {"resume", "save_state", "save_every", "prompt", "max_new_tokens", "backend"}
-    given = [name.removeprefix("cache.").split(".")[0] for name, value in flags.items() if value not in (None, []) and name not in own]
+    given = [
+        name.removeprefix("cache.").split(".")[0]
+        for name, value in flags.items()
+        if value not in (None, []) and name not in own
+    ]
     given += [name for name in ("recipe", "set", "seed", "dtype") if getattr(shared, name)]
     if given:
         raise UsageError(

@@ -30,6 +30,11 @@ SPARE = 16  # a sixteenth of the buffers, to grow
 
 def check_tiers(recipe: CacheRecipe, policy: Policy) -> None:
     """Raise UsageError where what the recipe asks for does not go over tiers."""
+    if isinstance(policy, FlexGen) and policy.cxl and (recipe.tiers is None or recipe.tiers.cxl is None):
+        raise UsageError(
+            "policy 'flexgen' has a share in cxl, and no such memory is given",
+            hint="simulate one: --set cache.tiers.cxl.bandwidth_gb_s=20",
+        )
     if recipe.tiers is None:
         return
     name = recipe.policy.name
@@ -39,16 +44,13 @@ def check_tiers(recipe: CacheRecipe, policy: Policy) -> None:
             hint="choose full, flexgen or quest, or leave out cache.tiers",
         )
     if recipe.rerotate:
-        raise UsageError("rerotate moves keys with every token, and those in tiers stay as they are", hint="leave it out")
+        raise UsageError(
+            "rerotate moves keys with every token, and those in tiers stay as they are", hint="leave it out"
+        )
     if recipe.tiers.device is None and not isinstance(policy, FlexGen):
         raise UsageError(
             f"tiers without a limit of the device hold nothing under policy '{name}'",
             hint="give cache.tiers.device, such as 64MiB, or choose policy flexgen, which places by share",
-        )
-    if isinstance(policy, FlexGen) and policy.cxl and recipe.tiers.cxl is None:
-        raise UsageError(
-            "policy 'flexgen' has a share in cxl, and no such memory is given",
-            hint="simulate one: --set cache.tiers.cxl.bandwidth_gb_s=20",
         )
 
 

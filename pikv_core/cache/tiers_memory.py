@@ -15,7 +15,7 @@ from pikv_core.errors import PiKVError
 
 @dataclass(frozen=True)
 class Tier:
-    """A memory; `limit_bytes` of the whole cache, None for no limit. seconds_per_byte, latency_s: of a simulated one."""
+    """A memory; `limit_bytes` of the whole cache, None for any. seconds_per_byte, latency_s: of a simulated one."""
 
     name: str
     limit_bytes: int | None

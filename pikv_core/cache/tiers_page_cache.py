@@ -34,7 +34,7 @@ class PageCache:
         newest: the codes of what lies behind the slow pages.
         """
         wanted = pages.cpu()
-        B, G, K = wanted.shape
+        B, G, _ = wanted.shape
         per_page, last = slow.page_units, (num_slots - 1) // self._page_tokens
         self._make_room(newest, wanted.shape, per_page)
         N = self._held.shape[2]
@@ -67,7 +67,7 @@ class PageCache:
         return slot.to(pages.device), moved
 
     def of_slots(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [B,G,N'] of what x [B,1|G,S] tells of the stored slots, for the slots here; any number for empty ones."""
+        """Return [B,G,N'] for the slots here of what x [B,1|G,S] tells of those stored; anything for empty ones."""
         last, token = (x.shape[2] - 1) // self._page_tokens, torch.arange(self._page_tokens)
         held = torch.cat([self._held, torch.full_like(self._held[:, :, :1], last)], dim=2)
         index = (held[..., None] * self._page_tokens + token).flatten(2).clamp(0, x.shape[2] - 1)
@@ -87,9 +87,7 @@ class PageCache:
         if held.dim() == 3 and held.shape[2] >= K:
             return
         N, layout = K + 1, Layout.of(newest)
-        self._flat = next(iter(newest.values())).new_empty(
-            layout.num_bytes((N + 1) * per_page), dtype=torch.uint8
-        )
+        self._flat = next(iter(newest.values())).new_empty(layout.num_bytes((N + 1) * per_page), dtype=torch.uint8)
         self.encoded = layout.views(self._flat, (N + 1) * per_page)
         self._held = torch.full((B, G, N), -1)
         for x in self.encoded.values():

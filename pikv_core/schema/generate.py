@@ -39,7 +39,10 @@ class CacheRecipe(Section):
 
         whole = isinstance(self.budget, float) and self.budget == 1.0
         if not whole and not POLICIES[self.policy.name].takes_budget:
-            text = f"policy '{self.policy.name}' keeps every token, so a budget of {self.budget} means nothing; choose another policy"
+            text = (
+                f"policy '{self.policy.name}' keeps every token, so a budget of {self.budget} means nothing; choose "
+                "another policy"
+            )
             raise PydanticCustomError("sizes", "{text}", {"text": text})
         return self
 

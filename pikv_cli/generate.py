@@ -22,6 +22,9 @@ def generate(
     calibration: Annotated[
         list[str], typer.Option(metavar="DIR", help="What was fitted to the model; repeatable.")
     ] = (),  # type: ignore[assignment]
+    tiers: Annotated[
+        str | None, typer.Option(metavar="device=64MiB,disk=DIR", help="Where pages go that the device cannot hold.")
+    ] = None,
     backend: options.Backend = None,
     graph: Annotated[bool | None, typer.Option("--graph", help="Replay steps at full budget as a CUDA graph.")] = None,
     split: Annotated[
@@ -68,6 +71,7 @@ def generate(
         "cache.codec": codec,
         "cache.calibration": list(calibration),
         "cache.rerotate": rerotate,
+        **_tiers(tiers),
         "backend": backend,
         "graph": graph,
         "split": split,
@@ -99,7 +103,11 @@ def _go_on_from(resume: str, shared: options.Shared, flags: dict[str, Any]) -> N
     from pikv_core.errors import UsageError
 
     own = {"resume", "save_state", "save_every", "prompt", "max_new_tokens", "backend", "split"}
-    given = [name.split(".")[-1] for name, value in flags.items() if value not in (None, []) and name not in own]
+    given = [
+        name.removeprefix("cache.").split(".")[0]
+        for name, value in flags.items()
+        if value not in (None, []) and name not in own
+    ]
     given += [name for name in ("recipe", "set", "seed", "dtype") if getattr(shared, name)]
     if given:
         raise UsageError(
@@ -107,6 +115,21 @@ def _go_on_from(resume: str, shared: options.Shared, flags: dict[str, Any]) -> N
             hint="beside it go a prompt that comes behind, --max-new-tokens, --save-state, --device and the like",
         )
     shared.recipe = stream.about(resume)["recipe"]
+
+
+def _tiers(given: str | None) -> dict[str, Any]:
+    """Return the settings of `device=64MiB,disk=DIR` by their keys; raise UsageError for other text."""
+    from pikv_core.errors import UsageError
+
+    flags: dict[str, Any] = {}
+    for part in given.split(",") if given is not None else []:
+        key, separator, value = (word.strip() for word in part.partition("="))
+        if not separator or not value:
+            raise UsageError(
+                f"--tiers: expected key=value, got '{part}'", hint="for example --tiers device=64MiB,disk=/scratch"
+            )
+        flags[f"cache.tiers.{key}"] = value if key == "disk" else options.listed(value)[0]
+    return flags
 
 
 def _show(result: Any, folder: Path) -> None:
@@ -126,6 +149,15 @@ def _show(result: Any, folder: Path) -> None:
         sent = result.communicated_bytes_per_token
         told = "" if sent is None else f"; {sent:,.0f} bytes a token come to each from the others"
         typer.echo(f"{result.ranks} ranks, split by {result.split}: {each} bytes{told}", err=True)
+    if result.tiers is not None:
+        held = ", ".join(f"{name} {count:,} bytes" for name, count in result.tiers["bytes"].items())
+        hidden = result.tiers["share_hidden"]
+        behind = "" if hidden is None else f", {hidden:.0%} of {result.tiers['transfer_s']:.3f} s hidden"
+        named = [f"{name} is simulated" for name in result.tiers["simulated"]]
+        typer.echo(
+            f"tiers: {held}; {result.tiers['bytes_moved']:,} bytes moved{behind}{''.join(f'; {x}' for x in named)}",
+            err=True,
+        )
     if result.state is not None:
         typer.echo(f"state: {result.state}, {result.state_bytes:,} bytes written", err=True)
     if (prefix := result.prefix) is not None:

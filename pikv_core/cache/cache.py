@@ -22,6 +22,7 @@ from pikv_core.cache.recording import Recorder
 from pikv_core.cache.rotary import Rotary
 from pikv_core.cache.static import check_static
 from pikv_core.cache.support import check_layers, check_recipe, windows
+from pikv_core.cache.tiers import Tiers
 from pikv_core.components import Component, build
 from pikv_core.compression import CODECS
 from pikv_core.compression.base import Codec
@@ -32,6 +33,7 @@ from pikv_core.registry import Registry
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.allocation import ALLOCATIONS
 from pikv_core.scheduling.base import Evictor, Policy
+from pikv_core.scheduling.flexgen import FlexGen
 from pikv_core.schema import CacheRecipe
 
 
@@ -76,6 +78,10 @@ class PiKVCache(Cache):
                 for index, window in enumerate(per_layer)
             ]
         )
+        placed = recipe.tiers is not None or isinstance(policy, FlexGen)
+        self.tiers = Tiers(recipe, policy, per_layer) if placed else None  # None: all of it is on the device
+        for layer in self.own_layers:
+            layer.tiers = self.tiers
         claim_entry()
         config._attn_implementation = ENTRY
 
@@ -187,8 +193,12 @@ class PiKVCache(Cache):
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of live storage over all layers."""
-        return sum(layer.resident_bytes for layer in self.own_layers)
+        """Bytes of live storage over all layers and tiers, staging buffers included."""
+        return sum(layer.resident_bytes for layer in self.own_layers) + self._staging_bytes
+
+    @property
+    def _staging_bytes(self) -> int:
+        return 0 if self.tiers is None else self.tiers.staging_bytes
 
     @property
     def full_bytes(self) -> int:
@@ -229,10 +239,11 @@ class PiKVCache(Cache):
 
         Raises UsageError where the cache keeps a part or codes: a record is of the whole attention.
         """
-        if self.recipe.policy.name != "full" or self.recipe.codec.name != "none":
+        if self.recipe.policy.name != "full" or self.recipe.codec.name != "none" or self.tiers is not None:
             raise UsageError(
-                "only a cache of policy 'full' and codec 'none' records: what is dropped or coded has no attention",
-                hint="leave out policy, budget and codec",
+                "only a cache of policy 'full' and codec 'none' in one memory records: what is dropped, coded or "
+                "elsewhere has no attention",
+                hint="leave out policy, budget, codec and tiers",
             )
         for layer in self.own_layers:
             layer.recorder = recorder
@@ -268,6 +279,8 @@ class PiKVCache(Cache):
         self._layer_bytes = [0] * len(self.own_layers)
         self._total_bytes = self.peak_bytes = 0
         self._codecs = None
+        if self.tiers is not None:
+            self.tiers.reset()
 
     def rewind(self, num_tokens: int) -> None:
         """Forget the newest tokens; raises UsageError where they were not fed while the cache was held."""
@@ -299,7 +312,9 @@ class PiKVCache(Cache):
         held = self.own_layers[layer].resident_bytes
         self._total_bytes += held - self._layer_bytes[layer]
         self._layer_bytes[layer] = held
-        self.peak_bytes = max(self.peak_bytes, self._total_bytes)
+        self.peak_bytes = max(self.peak_bytes, self._total_bytes + self._staging_bytes)
+        if self.tiers is not None:
+            self.tiers.note(layer, held)
 
 
 def _ready(

@@ -20,6 +20,8 @@ from pikv_core.cache.page_bounds import PageBounds
 from pikv_core.cache.reach import Reach
 from pikv_core.cache.recording import CHUNK_QUERIES, Recorded
 from pikv_core.cache.store import Store
+from pikv_core.cache.tiers import Tiers
+from pikv_core.cache.tiers_store import TieredStore
 from pikv_core.compression.base import Codec
 from pikv_core.compression.none import Plain
 from pikv_core.observation import LayerRun, Observer, Rows
@@ -44,6 +46,7 @@ class LayerPlan:
     window: int | None
     rerotate: bool
     run: LayerRun
+    tiers: Tiers | None = None
 
     @property
     def page(self) -> int:
@@ -53,6 +56,12 @@ class LayerPlan:
     @property
     def decides_once(self) -> bool:
         return self.evictor is not None and self.evictor.decides_once
+
+    def store(self, codec: Codec, columns: tuple[str, ...], grain_slots: int) -> Store:
+        """Return an empty store for the tokens that stay; those of a sliding window are few, and stay on the device."""
+        if self.tiers is None or self.window is not None:
+            return Store(codec, columns, grain_slots)
+        return TieredStore(codec, columns, grain_slots, self.tiers, self.run.index, self.selector is not None)
 
     def columns(self, scoring: bool) -> tuple[str, ...]:
         """Name the evictor's statistics of stored tokens; `scoring` while a score taken once is still to come."""
@@ -73,8 +82,10 @@ class Lane:
         codec = plan.codec if pairs is None else plan.codec.for_heads(head)
         columns, page = plan.columns(scoring=True), plan.page
         # What a codec goes by is of use until it encodes: in the tail alone.
-        self.tail = Store(Plain(), (*columns, *codec.columns), page if isinstance(codec, Plain) else 8)
-        self.body = None if isinstance(codec, Plain) else Store(codec, columns, page)
+        is_plain = isinstance(codec, Plain)
+        waits = (*columns, *codec.columns)
+        self.tail = plan.store(Plain(), waits, page) if is_plain else Store(Plain(), waits, 8)
+        self.body = None if is_plain else plan.store(codec, columns, page)
         self.bounds = PageBounds(page) if plan.selector is not None else None
         self.has_empty = False
         self.in_order = True

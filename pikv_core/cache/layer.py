@@ -19,6 +19,8 @@ from pikv_core.cache.reach import Reach
 from pikv_core.cache.recording import Recorded, Recorder
 from pikv_core.cache.seen import Seen
 from pikv_core.cache.store import EMPTY
+from pikv_core.cache.tiers import Tiers
+from pikv_core.cache.tiers_placing import place
 from pikv_core.compression.base import Codec
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.observation import LayerRun, Observer
@@ -50,6 +52,7 @@ class CacheLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     recorder: Recorder | None = None  # is told of every step
+    tiers: Tiers | None = None  # where pages go that the device has no room for
     is_recorded = False  # to be replayed: nothing may be asked of the device
     split: Split | None = None  # over ranks, of which this one holds a part
 
@@ -102,7 +105,9 @@ class CacheLayer(CacheLayerMixin):
         if self.split is not None:
             codec, self.run.first_head = self.split.codec(codec, num_heads), self.split.first_head(num_heads)
         self.budgets = HeadBudgets(budget, self.allocation, self.evictor, self.window, self.run)
-        self.plan = LayerPlan(codec, self.evictor, self._selector, self.window, self._rerotate, self.run)
+        if self.tiers is not None:
+            self.tiers.start(key_states)
+        self.plan = LayerPlan(codec, self.evictor, self._selector, self.window, self._rerotate, self.run, self.tiers)
         self.lanes = [Lane(self.plan, None, torch.arange(G).expand(B, G))]
         self.seen = Seen(B, key_states.device)
         self.is_initialized = True
@@ -346,6 +351,8 @@ class CacheLayer(CacheLayerMixin):
     def end_step(self, num_new: int, is_prompt: bool) -> None:
         """Count new tokens that have been attended from, and drop and encode unless that is held."""
         self.seen_length += num_new
+        if self.tiers is not None:
+            self.tiers.is_decoding = num_new == 1
         self._on_change(self.index)
         if self.split is not None:
             self.split.end_step(self, self.seen_length == num_new)
@@ -391,6 +398,7 @@ class CacheLayer(CacheLayerMixin):
             return
         if self.evictor is None and self.window is None and self.lanes[0].body is None:
             self.looking = False
+            self.place_pages()
             return
         waiting = None if self.split is None else self.split.num_waiting(self)
         for lane in self.lanes:
@@ -402,6 +410,13 @@ class CacheLayer(CacheLayerMixin):
             lane.encode(waiting)
         self.looking = False
         self._on_change(self.index)
+        self.place_pages()
+
+    def place_pages(self) -> None:
+        """Move to tiers what the device has no room for."""
+        if self.tiers is not None:
+            place(self.lanes[0], self._read_tokens)
+            self._on_change(self.index)
 
     def _evict(self) -> None:
         drops = self.evictor is not None

@@ -47,6 +47,7 @@ class Store:
         self.codec = codec
         self.unit = codec.unit_tokens
         self.num_slots = 0
+        self._away_slots = 0  # of the first ones, whose codes lie elsewhere
         self._grain = grain_slots
         self._column_names = columns
         self._encoded: dict[str, torch.Tensor] = {}
@@ -97,7 +98,8 @@ class Store:
             given = (columns or {}).get(name)
             new_columns[name] = keys.new_zeros(keys.shape[:3], dtype=torch.float32) if given is None else given
         self._write(self._columns, new_columns, self.num_slots, 1)
-        self._write(self._encoded, self.codec.encode(keys, values, position), self.num_slots // self.unit, self.unit)
+        here = (self.num_slots - self._away_slots) // self.unit
+        self._write(self._encoded, self.codec.encode(keys, values, position), here, self.unit)
         self.num_slots += T
 
     def keep(self, units: torch.Tensor) -> None:

@@ -27,7 +27,8 @@ class GenerateResult:
     With many prompts `text` and `token_ids` are None and `completions` holds each. events: what the policy tells of the
     run, such as a switch: its layer, its step in tokens seen, and why; with many prompts, the number of the batch too.
     ranks: processes that hold the cache, as `split` says. communicated_bytes_per_token: what came to each from the
-    others in a step after the prompt, None where there was none, and where one process holds all.
+    others in a step after the prompt, None where there was none, and where one process holds all. tiers: of the largest
+    batch, bytes by tier and what was moved (docs/tiers.md); None where there are none.
     """
 
     text: str | None
@@ -54,6 +55,7 @@ class GenerateResult:
     split: str | None
     resident_bytes_by_rank: list[int] | None
     communicated_bytes_per_token: float | None
+    tiers: dict[str, Any] | None
 
 
 def run(recipe: GenerateRecipe, run: Run) -> GenerateResult | None:
@@ -168,10 +170,14 @@ def _generate(
         communicated_bytes_per_token=(
             sum(cost.received_bytes for cost in costs) / num_steps if is_split and num_steps else None
         ),
+        tiers=largest.tiers,
     )
     for name in ("resident_bytes", "peak_bytes", "full_bytes", "time_to_first_token_s", "tokens_per_s"):
         if getattr(result, name) is not None:
             run.telemetry.scalar(f"generate/{name}", getattr(result, name))
+    for name in ("bytes_moved", "transfer_s", "waited_s", "share_hidden"):
+        if result.tiers is not None and result.tiers[name] is not None:
+            run.telemetry.scalar(f"generate/tiers/{name}", result.tiers[name])
     _log_switches(events, run)
     run.finish(result, loaded.backends)
     return result

@@ -48,7 +48,8 @@ class BatchCost:
     """Bytes at the end and at the peak, and times; `num_later_tokens` came in `decode_s`, after the first of each.
 
     first_token_s: None where a run was gone on with that had nothing left to do. resident_bytes_by_rank: of each that
-    holds a part. received_bytes: what rank 0 was sent in `num_steps` steps, those after each prompt.
+    holds a part. received_bytes: what rank 0 was sent in `num_steps` steps, those after each prompt. tiers: see
+    `Tiers.report`.
     """
 
     resident_bytes: int
@@ -60,6 +61,7 @@ class BatchCost:
     resident_bytes_by_rank: list[int]
     received_bytes: int
     num_steps: int
+    tiers: dict[str, Any] | None
 
 
 def generate_batch(
@@ -160,6 +162,7 @@ def generate_batch(
         resident_bytes_by_rank=[each.resident_bytes for each in held],
         received_bytes=received[-1] - received[0] if received else 0,
         num_steps=max(0, len(received) - 1),
+        tiers=None if cache.tiers is None else cache.tiers.report(),
     )
     return completions, cost
 

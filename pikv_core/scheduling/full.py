@@ -15,3 +15,4 @@ class Full(Policy):
     """Drop nothing, read everything."""
 
     heads_apart: ClassVar[bool] = True
+    takes_budget: ClassVar[bool] = False

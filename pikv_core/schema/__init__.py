@@ -8,6 +8,7 @@ from pikv_core.schema.compress import CompressRecipe, MethodRecipe
 from pikv_core.schema.gen_data import GenDataRecipe
 from pikv_core.schema.generate import CacheRecipe, GenerateRecipe, PrefixSettings
 from pikv_core.schema.simulate import AttentionReplayRecipe, SimulateRecipe
+from pikv_core.schema.tiers import TiersRecipe
 from pikv_core.schema.train import (
     DistillSettings,
     DuoGateSettings,
@@ -40,6 +41,7 @@ __all__ = [
     "Recipe",
     "Section",
     "SimulateRecipe",
+    "TiersRecipe",
     "TrainRecipe",
     "TrainSettings",
     "parse_bytes",

@@ -21,6 +21,7 @@ from pikv_core.schema.base import (
     Section,
     Share,
 )
+from pikv_core.schema.tiers import TiersRecipe
 
 
 class CacheRecipe(Section):
@@ -32,11 +33,18 @@ class CacheRecipe(Section):
     codec: CodecSpec = Component("none")
     calibration: list[str] = []  # folders that hold what calibrated codecs and policies need
     rerotate: bool = False  # read keys at the positions 0, 1, 2, ... of what is left, as StreamingLLM does
+    tiers: TiersRecipe | None = None  # where it lies; None is device memory, and for policy flexgen no limits
 
     @model_validator(mode="after")
     def _full_has_no_budget(self) -> CacheRecipe:
-        if self.policy.name == "full" and not (isinstance(self.budget, float) and self.budget == 1.0):
-            text = f"policy 'full' keeps every token, so a budget of {self.budget} means nothing; choose another policy"
+        from pikv_core.scheduling import POLICIES
+
+        whole = isinstance(self.budget, float) and self.budget == 1.0
+        if not whole and not POLICIES[self.policy.name].takes_budget:
+            text = (
+                f"policy '{self.policy.name}' keeps every token, so a budget of {self.budget} means nothing; choose "
+                "another policy"
+            )
             raise PydanticCustomError("sizes", "{text}", {"text": text})
         return self
 

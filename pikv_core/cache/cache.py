@@ -26,7 +26,7 @@ from pikv_core.compression import CODECS
 from pikv_core.compression.base import Codec
 from pikv_core.compression.none import Plain
 from pikv_core.errors import PiKVError, UsageError
-from pikv_core.observation import LayerRun
+from pikv_core.observation import LayerRun, Reads
 from pikv_core.registry import Registry
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.allocation import ALLOCATIONS
@@ -221,6 +221,13 @@ class PiKVCache(Cache):
             )
         for layer in self.own_layers:
             layer.recorder = recorder
+
+    def count_reads(self) -> Reads:
+        """Count from now on, in what is returned, the bytes that attention of single new tokens reads."""
+        reads = Reads()
+        for layer in self.own_layers:
+            layer.run.reads = reads
+        return reads
 
     def hold(self) -> None:
         """Keep all that arrives, whatever the budget, until `compress`; statistics go on."""

@@ -21,7 +21,7 @@ from pikv_core.cache.seen import Seen
 from pikv_core.cache.store import EMPTY
 from pikv_core.compression.base import Codec
 from pikv_core.errors import PiKVError, UsageError
-from pikv_core.observation import LayerRun, Observer
+from pikv_core.observation import ALL, LayerRun, Observer
 from pikv_core.scheduling.allocation.base import Allocation
 from pikv_core.scheduling.base import Evictor, Policy, Selector
 
@@ -75,8 +75,9 @@ class CacheLayer(CacheLayerMixin):
         limits = self._asked_budget.limits
         self.evictor = self.policy if isinstance(self.policy, Evictor) and limits else None
         # A sliding window is short and drops tokens by itself: pages would neither save reads nor stay in place.
-        selector = self.policy if isinstance(self.policy, Selector) and limits and self.window is None else None
-        self._selector = selector if selector is not None and self.index >= selector.dense_layers else None
+        selector = self.policy if isinstance(self.policy, Selector) and self.window is None else None
+        selects = selector is not None and (limits or selector.limits_itself) and self.index >= selector.dense_layers
+        self._selector = selector if selects else None
         for memory in (self.run.own, self.run.shared, self.run.events):
             memory.clear()
         self.lanes: list[Lane] = []
@@ -420,8 +421,8 @@ class CacheLayer(CacheLayerMixin):
         self.seen_length += 1
 
     def _read_tokens(self) -> int:
-        """Return the tokens per head that a selector reads, in the row that has the most."""
-        return int(self._allowed().max())
+        """Return the tokens per head that a selector may read, in the row that has the most."""
+        return int(self._allowed().max()) if self._asked_budget.limits else ALL
 
     def _allowed(self) -> torch.Tensor:
         """Return how many tokens [B,G] may stay of those seen; the very same tensor once that does not change."""

@@ -49,7 +49,8 @@ def check_layers(policy: Policy, allocation: Allocation, budget: Budget, per_lay
 
     per_layer: what `windows` returns.
     """
-    if not budget.limits:
+    selects = isinstance(policy, Selector) and policy.limits_itself
+    if not budget.limits and not selects:
         return
     if isinstance(policy, Evictor) and len(set(per_layer)) > 1:
         owns = type(policy).capacity is not Evictor.capacity

@@ -22,6 +22,8 @@ def generate(
     calibration: Annotated[
         list[str], typer.Option(metavar="DIR", help="What was fitted to the model; repeatable.")
     ] = (),  # type: ignore[assignment]
+    shards: Annotated[int | None, typer.Option(help="Of policy expert-shards: shards of older tokens.")] = None,
+    top_shards: Annotated[int | None, typer.Option(help="Most of these shards that a query reads.")] = None,
     backend: options.Backend = None,
     graph: Annotated[bool | None, typer.Option("--graph", help="Replay steps at full budget as a CUDA graph.")] = None,
     rerotate: Annotated[
@@ -58,6 +60,8 @@ def generate(
         "cache.codec": codec,
         "cache.calibration": list(calibration),
         "cache.rerotate": rerotate,
+        "cache.policy.shards": shards,
+        "cache.policy.top_shards": top_shards,
         "backend": backend,
         "graph": graph,
         "prompt_file": prompt_file,

@@ -66,8 +66,9 @@ def attend_pages(
     backend: str = "numba",
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Partial:
-    """Attend by numba or Triton over the pages int64 [B,G,K] (-1: none), without probs, or all tokens; see `attend_tokens`.
+    """Attend by numba or Triton over the pages int64 [B,G,K], without probs, or all tokens; see `attend_tokens`.
 
+    pages: -1 is none.
     scales: float32 [B,G,U] each, by which keys and values of S/U tokens are multiplied; for numba U pages.
     """
     if backend == "triton":

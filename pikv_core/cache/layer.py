@@ -18,12 +18,14 @@ from pikv_core.cache.lane import Lane, LayerPlan
 from pikv_core.cache.reach import Reach
 from pikv_core.cache.recording import Recorded, Recorder
 from pikv_core.cache.seen import Seen
+from pikv_core.cache.shards import EXPERT
 from pikv_core.cache.store import EMPTY
+from pikv_core.cache.support import check_selector
 from pikv_core.compression.base import Codec
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.observation import ALL, LayerRun, Observer
 from pikv_core.scheduling.allocation.base import Allocation
-from pikv_core.scheduling.base import Evictor, Policy, Selector
+from pikv_core.scheduling.base import Evictor, Policy, Selector, ShardSelector
 
 # What attention code asks of keys and values, if it takes them for tensors.
 TENSOR_ATTRIBUTES = {"shape", "size", "dim", "ndim", "to", "view", "reshape", "transpose", "permute", "contiguous"}
@@ -96,6 +98,8 @@ class CacheLayer(CacheLayerMixin):
         self.run.num_kv_heads = G
         codec, budget = self._bind(self.index, self._shape)
         self.budgets = HeadBudgets(budget, self.allocation, self.evictor, self.window, self.run)
+        if self._selector is not None:
+            check_selector(self._selector, codec, self.run)
         self.plan = LayerPlan(codec, self.evictor, self._selector, self.window, self._rerotate, self.run)
         self.lanes = [Lane(self.plan, None, torch.arange(G).expand(B, G))]
         self.seen = Seen(B, key_states.device)
@@ -258,7 +262,21 @@ class CacheLayer(CacheLayerMixin):
                 by_pair = output.view(len(query) * self._shape.num_kv_heads, -1, *query.shape[2:])
                 by_pair[lane.pairs_here()] = attended
         self._end_step(query.shape[2], is_prompt)
+        if self._by_router:
+            self.run.routing.expect(self)
         return output
+
+    def take_experts(self, expert: torch.Tensor) -> None:
+        """Note the experts [B·T] of the newest tokens, for shards; those that are known may move there."""
+        (lane,) = self.lanes
+        by_row = expert.view(len(self.num_seen), 1, -1)
+        lane.tail.columns()[EXPERT][:, :, -by_row.shape[2] :] = by_row + 1
+        if not self.held:
+            self.compress()
+
+    @property
+    def _by_router(self) -> bool:
+        return isinstance(self._selector, ShardSelector) and self._selector.by == "router"
 
     def append(
         self, keys: torch.Tensor, values: torch.Tensor, columns: Mapping[str, torch.Tensor] | None = None

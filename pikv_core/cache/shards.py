@@ -12,7 +12,7 @@ import torch
 from pikv_core.cache.clusters import assign
 from pikv_core.cache.store import EMPTY, Store
 from pikv_core.observation import LayerRun
-from pikv_core.scheduling.base import ShardSelector
+from pikv_core.scheduling.base import ShardKeys, ShardSelector
 
 EXPERT = "expert"  # the column of the newest tokens' experts, counted from 1; 0: not told yet
 NONE = -1  # a page that is not there
@@ -23,7 +23,8 @@ class Shards:
     """Place tokens in shards and choose what a query reads; what it knows lies in the layer's memory.
 
     That is, by name: count int64 and open_page int64 [B,G,E], the tokens of a shard and its last page; num_pages int64
-    [B,G]; shard_of_page int64 [B,G,P], E for none; total and square float32 [B,G,E,D], sums over a shard's keys.
+    [B,G]; shard_of_page int64 [B,G,P], E for none; total float32 [B,G,E,D], the sum of a shard's keys, and their
+    channel-wise extremes, lowest and highest.
     """
 
     def __init__(self, selector: ShardSelector, run: LayerRun, page_tokens: int):
@@ -98,18 +99,18 @@ class Shards:
         """Return the selector's scores [B,G,E] for query [B,G,R,D], -inf for empty shards."""
         state = self._state
         assert state is not None
-        count = state["count"].float()
-        size = count.clamp(min=1)[..., None]
-        mean = state["total"] / size
-        variance = (state["square"] / size - mean.square()).clamp(min=0)
-        return self.selector.score(query, count, mean, variance, scale).masked_fill(count == 0, -torch.inf)
+        count = state["count"]
+        mean = state["total"] / count.clamp(min=1)[..., None]
+        keys = ShardKeys(count, mean, state["lowest"], state["highest"])
+        return self.selector.score(query, keys, scale).masked_fill(count == 0, -torch.inf)
 
     @property
     def read_bytes(self) -> int:
         """Bytes of what a query is compared with, and of the pages' shards, of all rows and heads."""
         state = self._state
         assert state is not None
-        return sum(state[name].nbytes for name in ("count", "total", "square", "shard_of_page"))
+        told = ("lowest", "highest") if self.selector.promise == "bounds" else ("total",)
+        return sum(state[name].nbytes for name in ("count", "shard_of_page", *told))
 
     def num_slow(self, pages: torch.Tensor | None) -> int:
         """Return how many of these pages [B,G,K] are of slow shards, of all rows and heads; None stands for all."""
@@ -123,9 +124,9 @@ class Shards:
 
     def _place(self, keys: torch.Tensor, is_token: torch.Tensor, expert: torch.Tensor | None) -> torch.Tensor:
         """Return the slots [B,G,N] of new tokens, EMPTY for padding, and count them in."""
-        B, G, N, D = keys.shape
+        B, G = keys.shape[:2]
         E, page = self.selector.shards, self.page_tokens
-        state = self._state or self._begin(B, G, D, keys.device)
+        state = self._state or self._begin(keys)
         count = state["count"]
         shard = assign(keys, is_token, count, state["total"]) if expert is None else expert % E
         member = torch.nn.functional.one_hot(shard, E) * is_token[..., None]
@@ -142,10 +143,11 @@ class Shards:
         state["open_page"] = torch.where(num_now > num_old, first_new + num_now - num_old - 1, state["open_page"])
         state["num_pages"] = state["num_pages"] + (num_now - num_old).sum(-1)
         state["count"] = after
-        exact = keys.float()
-        weight = member.mT.float()
-        state["total"] = state["total"] + weight @ exact
-        state["square"] = state["square"] + weight @ exact.square()
+        state["total"] = state["total"] + member.mT.float() @ keys.float()
+        most = torch.finfo(keys.dtype).max
+        for name, reduce, worst in (("lowest", "amin", most), ("highest", "amax", -most)):
+            new = keys.masked_fill(~is_token[..., None], worst)
+            state[name] = state[name].scatter_reduce(2, shard[..., None].expand_as(keys), new, reduce)
         known = state["shard_of_page"]
         more = int(state["num_pages"].max()) - known.shape[2]
         if more > 0:
@@ -156,15 +158,18 @@ class Shards:
         state["shard_of_page"] = known
         return (page_of * page + index % page).masked_fill(~is_token, EMPTY)
 
-    def _begin(self, B: int, G: int, D: int, device: torch.device) -> dict[str, torch.Tensor]:
-        E = self.selector.shards
-        whole = torch.zeros(B, G, E, dtype=torch.int64, device=device)
+    def _begin(self, keys: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return empty shards for keys [B,G,N,D]."""
+        (B, G, _, D), E = keys.shape, self.selector.shards
+        most = torch.finfo(keys.dtype).max  # finite, so that a query's zero does not turn it into NaN
+        whole = torch.zeros(B, G, E, dtype=torch.int64, device=keys.device)
         self._run.own[STATE] = state = {
             "count": whole,
             "open_page": whole.clone(),
             "num_pages": whole[..., 0].clone(),
             "shard_of_page": whole[..., :0].clone(),
-            "total": torch.zeros(B, G, E, D, device=device),
-            "square": torch.zeros(B, G, E, D, device=device),
+            "total": torch.zeros(B, G, E, D, device=keys.device),
+            "lowest": keys.new_full((B, G, E, D), most),
+            "highest": keys.new_full((B, G, E, D), -most),
         }
         return state

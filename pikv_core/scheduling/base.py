@@ -132,25 +132,35 @@ class PageSelector(Selector):
         """Return page scores [B,G,P] for query [B,G,R,D] and channel bounds [B,G,P,D]; higher = read."""
 
 
+@dataclass(frozen=True)
+class ShardKeys:
+    """What is known of the keys of E shards: tokens [B,G,E], their mean, float32, and channel bounds [B,G,E,D]."""
+
+    count: torch.Tensor
+    mean: torch.Tensor
+    lowest: torch.Tensor
+    highest: torch.Tensor
+
+
 class ShardSelector(Selector):
     """Choose among E shards of older tokens, each of which has pages of its own; the newest page of a shard first.
 
     sinks, newest: first and newest tokens, which are in no shard and always read. by: what sends a token to its shard,
-    "keys" or the layer's "router". slow_shards: how many of the last shards are slow to read.
+    "keys" or the layer's "router". promise: what it scores by, "bounds" or "centroid". slow_shards: how many of the
+    last shards are slow to read.
     """
 
     shards: int
     top_shards: int | None
     by: Literal["keys", "router"]
+    promise: Literal["bounds", "centroid"]
     sinks: int
     newest: int
     slow_shards: int
 
     @abstractmethod
-    def score(
-        self, query: torch.Tensor, count: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Return shard scores [B,G,E] for query [B,G,R,D], tokens [B,G,E] and keys' moments [B,G,E,D]; higher = read.
+    def score(self, query: torch.Tensor, shards: ShardKeys, scale: float) -> torch.Tensor:
+        """Return shard scores [B,G,E] for query [B,G,R,D]; higher = read. Shards without tokens may get anything.
 
-        scale: of the attention logits. Shards without tokens may get -inf.
+        scale: of the attention logits.
         """

@@ -1,4 +1,4 @@
-"""Expert shards: older tokens lie in the shards of experts or key clusters, and a query reads those it needs most."""
+"""Expert shards: older tokens lie in the shards of experts or key clusters, and a query reads the best of these."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field
 
 from pikv_core.errors import UsageError
 from pikv_core.scheduling import POLICIES
-from pikv_core.scheduling.base import ShardSelector
+from pikv_core.scheduling.base import ShardKeys, ShardSelector
 
 if TYPE_CHECKING:
     import torch
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 @POLICIES.register("expert-shards")
 @dataclass(frozen=True)
 class ExpertShards(ShardSelector):
-    """Read the first `sinks` and the `newest` tokens, and of the others the shards that promise the most attention.
-
-    A shard's promise is what its keys' count, mean and variance let expect of the sum of exp(logit), as a share of all
-    shards', the mean over a group's heads, divided by latency^latency_weight where the shard is slow.
+    """Read the first `sinks` and the `newest` tokens, and of the others the shards that promise the largest logits.
 
     by: what sends a token to its shard, clusters of "keys" (k-means of each head's, the nearest mean after that) or the
-    layer's own "router". top_shards: most shards that are read; None for as many as the budget holds. slow_shards: the
-    last so many are slow to read, `latency` times as slow as the others.
+    layer's own "router". promise: the "bounds" of a shard's keys, as Quest's of a page, the mean over a group's heads;
+    or its "centroid", of which the attention it gets for each of its tokens is guessed. top_shards: most shards that
+    are read; None for as many as the budget holds. slow_shards: the last so many are slow to read, `latency` times as
+    slow as the others, and latency_weight·log(latency) goes off their score, which is in units of logits.
     """
 
     shards: Annotated[int, Field(ge=1)] = 8
     top_shards: Annotated[int, Field(ge=1)] | None = None
     by: Literal["keys", "router"] = "keys"
+    promise: Literal["bounds", "centroid"] = "bounds"
     sinks: Annotated[int, Field(ge=0)] = 4
     newest: Annotated[int, Field(ge=1)] = 64
-    page_tokens: Annotated[int, Field(ge=8, multiple_of=8)] = 16
+    page_tokens: Annotated[int, Field(ge=8, multiple_of=8)] = 8
     dense_layers: Annotated[int, Field(ge=0)] = 0
     slow_shards: Annotated[int, Field(ge=0)] = 0
     latency: Annotated[float, Field(ge=1)] = 1.0
@@ -54,14 +54,17 @@ class ExpertShards(ShardSelector):
     def num_pages(self, capacity: int, page_tokens: int) -> int:
         return max(1, capacity // page_tokens)
 
-    def score(
-        self, query: torch.Tensor, count: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, scale: float
-    ) -> torch.Tensor:
+    def score(self, query: torch.Tensor, shards: ShardKeys, scale: float) -> torch.Tensor:
         import torch
 
-        rows = query.float() * scale
-        logit = rows @ mean.mT + rows.square() @ variance.mT * 0.5 + count.log()[:, :, None]
-        score = logit.log_softmax(dim=-1).logsumexp(dim=2) - math.log(rows.shape[2])
+        from pikv_kernels.page_scores import page_scores
+
+        R = query.shape[2]
+        if self.promise == "bounds":
+            score = page_scores(query, shards.lowest, shards.highest) * (scale / R)
+        else:
+            logit = query.float() @ shards.mean.mT * scale + shards.count.log()[:, :, None]
+            score = logit.log_softmax(dim=-1).logsumexp(dim=2) - math.log(R)
         if self.slow_shards and self.latency_weight:
             slow = torch.arange(self.shards, device=score.device) >= self.shards - self.slow_shards
             score = score - self.latency_weight * math.log(self.latency) * slow

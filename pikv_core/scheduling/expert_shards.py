@@ -34,7 +34,7 @@ class ExpertShards(ShardSelector):
     promise: Literal["bounds", "centroid"] = "bounds"
     sinks: Annotated[int, Field(ge=0)] = 4
     newest: Annotated[int, Field(ge=1)] = 64
-    page_tokens: Annotated[int, Field(ge=8, multiple_of=8)] = 8
+    page_tokens: Annotated[int, Field(ge=8, multiple_of=8)] = 16
     dense_layers: Annotated[int, Field(ge=0)] = 0
     slow_shards: Annotated[int, Field(ge=0)] = 0
     latency: Annotated[float, Field(ge=1)] = 1.0

@@ -25,6 +25,8 @@ def generate(
     tiers: Annotated[
         str | None, typer.Option(metavar="device=64MiB,disk=DIR", help="Where pages go that the device cannot hold.")
     ] = None,
+    shards: Annotated[int | None, typer.Option(help="Of policy expert-shards: shards of older tokens.")] = None,
+    top_shards: Annotated[int | None, typer.Option(help="Most of these shards that a query reads.")] = None,
     backend: options.Backend = None,
     graph: Annotated[bool | None, typer.Option("--graph", help="Replay steps at full budget as a CUDA graph.")] = None,
     split: Annotated[
@@ -72,6 +74,8 @@ def generate(
         "cache.calibration": list(calibration),
         "cache.rerotate": rerotate,
         **_tiers(tiers),
+        "cache.policy.shards": shards,
+        "cache.policy.top_shards": top_shards,
         "backend": backend,
         "graph": graph,
         "split": split,

@@ -20,6 +20,7 @@ from pikv_core.cache.layer import CacheLayer
 from pikv_core.cache.ranks import Wire, make_split
 from pikv_core.cache.recording import Recorder
 from pikv_core.cache.rotary import Rotary
+from pikv_core.cache.routing import Routing
 from pikv_core.cache.static import check_static
 from pikv_core.cache.support import check_layers, check_recipe, windows
 from pikv_core.cache.tiers import Tiers
@@ -28,11 +29,11 @@ from pikv_core.compression import CODECS
 from pikv_core.compression.base import Codec
 from pikv_core.compression.none import Plain
 from pikv_core.errors import PiKVError, UsageError
-from pikv_core.observation import LayerRun
+from pikv_core.observation import LayerRun, Reads
 from pikv_core.registry import Registry
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.allocation import ALLOCATIONS
-from pikv_core.scheduling.base import Evictor, Policy
+from pikv_core.scheduling.base import Evictor, Policy, ShardSelector
 from pikv_core.scheduling.flexgen import FlexGen
 from pikv_core.schema import CacheRecipe
 
@@ -158,9 +159,10 @@ class PiKVCache(Cache):
             from pikv_core.cache import calibration
 
             calibration.check_model(self.recipe.calibration, model)
-        rotary = Rotary.of(model)
+        rotary, policy = Rotary.of(model), self.own_layers[0].policy
+        routing = Routing.of(model) if isinstance(policy, ShardSelector) and policy.by == "router" else None
         for layer in self.own_layers:
-            layer.run.rotary = rotary
+            layer.run.rotary, layer.run.routing = rotary, routing
         self._codecs = None
         model.set_attn_implementation(ENTRY)
         return self
@@ -183,7 +185,7 @@ class PiKVCache(Cache):
         """Return a copy with storage of its own, which goes on from here apart from this one."""
         shared = [self._config, self.recipe, self._codecs, self._codec_tensors, self._asked_codec]
         for layer in self.own_layers:
-            shared += [layer.policy, layer.allocation, layer.run.rotary, layer.run.fitted]
+            shared += [layer.policy, layer.allocation, layer.run.rotary, layer.run.routing, layer.run.fitted]
         return copy.deepcopy(self, {id(x): x for x in shared})
 
     @property
@@ -247,6 +249,13 @@ class PiKVCache(Cache):
             )
         for layer in self.own_layers:
             layer.recorder = recorder
+
+    def count_reads(self) -> Reads:
+        """Count from now on, in what is returned, the bytes that attention of single new tokens reads."""
+        reads = Reads()
+        for layer in self.own_layers:
+            layer.run.reads = reads
+        return reads
 
     @property
     def is_held(self) -> bool:

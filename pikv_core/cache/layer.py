@@ -18,14 +18,16 @@ from pikv_core.cache.lane import Lane, LayerPlan
 from pikv_core.cache.reach import Reach
 from pikv_core.cache.recording import Recorded, Recorder
 from pikv_core.cache.seen import Seen
+from pikv_core.cache.shards import EXPERT
 from pikv_core.cache.store import EMPTY
+from pikv_core.cache.support import check_selector
 from pikv_core.cache.tiers import Tiers
 from pikv_core.cache.tiers_placing import place
 from pikv_core.compression.base import Codec
 from pikv_core.errors import PiKVError, UsageError
-from pikv_core.observation import LayerRun, Observer
+from pikv_core.observation import ALL, LayerRun, Observer
 from pikv_core.scheduling.allocation.base import Allocation
-from pikv_core.scheduling.base import Evictor, Policy, Selector
+from pikv_core.scheduling.base import Evictor, Policy, Selector, ShardSelector
 
 if TYPE_CHECKING:
     from pikv_core.cache.ranks import Split
@@ -82,8 +84,9 @@ class CacheLayer(CacheLayerMixin):
         limits = self._asked_budget.limits
         self.evictor = self.policy if isinstance(self.policy, Evictor) and limits else None
         # A sliding window is short and drops tokens by itself: pages would neither save reads nor stay in place.
-        selector = self.policy if isinstance(self.policy, Selector) and limits and self.window is None else None
-        self._selector = selector if selector is not None and self.index >= selector.dense_layers else None
+        selector = self.policy if isinstance(self.policy, Selector) and self.window is None else None
+        selects = selector is not None and (limits or selector.limits_itself) and self.index >= selector.dense_layers
+        self._selector = selector if selects else None
         for memory in (self.run.own, self.run.shared, self.run.events):
             memory.clear()
         self.lanes: list[Lane] = []
@@ -105,6 +108,8 @@ class CacheLayer(CacheLayerMixin):
         if self.split is not None:
             codec, self.run.first_head = self.split.codec(codec, num_heads), self.split.first_head(num_heads)
         self.budgets = HeadBudgets(budget, self.allocation, self.evictor, self.window, self.run)
+        if self._selector is not None:
+            check_selector(self._selector, codec, self.run)
         if self.tiers is not None:
             self.tiers.start(key_states)
         self.plan = LayerPlan(codec, self.evictor, self._selector, self.window, self._rerotate, self.run, self.tiers)
@@ -284,7 +289,21 @@ class CacheLayer(CacheLayerMixin):
                 by_pair = output.view(len(query) * self.run.num_kv_heads, -1, *query.shape[2:])
                 by_pair[lane.pairs_here()] = attended
         self.end_step(query.shape[2], is_prompt)
+        if self._by_router:
+            self.run.routing.expect(self)
         return output
+
+    def take_experts(self, expert: torch.Tensor) -> None:
+        """Note the experts [B·T] of the newest tokens, for shards; those that are known may move there."""
+        (lane,) = self.lanes
+        by_row = expert.view(len(self.num_seen), 1, -1)
+        lane.tail.columns()[EXPERT][:, :, -by_row.shape[2] :] = by_row + 1
+        if not self.held:
+            self.compress()
+
+    @property
+    def _by_router(self) -> bool:
+        return isinstance(self._selector, ShardSelector) and self._selector.by == "router"
 
     def append(
         self, keys: torch.Tensor, values: torch.Tensor, columns: Mapping[str, torch.Tensor] | None = None
@@ -462,8 +481,8 @@ class CacheLayer(CacheLayerMixin):
         self.seen_length += 1
 
     def _read_tokens(self) -> int:
-        """Return the tokens per head that a selector reads, in the row that has the most."""
-        return int(self._allowed().max())
+        """Return the tokens per head that a selector may read, in the row that has the most."""
+        return int(self._allowed().max()) if self._asked_budget.limits else ALL
 
     def _allowed(self) -> torch.Tensor:
         """Return how many tokens [B,G] may stay of those seen; the very same tensor once that does not change."""

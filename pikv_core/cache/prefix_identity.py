@@ -15,6 +15,7 @@ from pikv_core.compression import CODECS
 from pikv_core.errors import UsageError
 from pikv_core.files import sha256
 from pikv_core.observation import ALL, Observer
+from pikv_core.scheduling.base import ShardSelector
 from pikv_core.schema import CacheRecipe
 from pikv_core.simulation.policies.base import RequestPolicy
 
@@ -55,6 +56,8 @@ def least_fed(cache: PiKVCache, config: Any) -> int:
     for kind, watcher in watchers:
         if watcher.observes == ALL:
             _refuse(f"{kind} '{watcher.name}'", "goes by the attention of all of a prompt's queries")
+    if isinstance(layer.policy, ShardSelector):
+        _refuse(f"policy '{layer.policy.name}'", "goes by the shards of its tokens")
     if CODECS[codec].columns:
         _refuse(f"codec '{codec}'", "goes by the attention of all of a prompt's queries")
     rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}

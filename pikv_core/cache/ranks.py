@@ -22,6 +22,7 @@ from pikv_core.errors import UsageError
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.allocation import ALLOCATIONS
 from pikv_core.scheduling.base import Evictor, Policy, Selector
+from pikv_core.scheduling.flexgen import FlexGen
 from pikv_core.schema import CacheRecipe
 from pikv_kernels.merge_partials import merge_partials
 from pikv_kernels.partial_attention import Partial
@@ -244,6 +245,11 @@ def make_split(
 
     codecs, per_layer: each layer's codec and sliding window.
     """
+    if recipe.tiers is not None or isinstance(policy, FlexGen):
+        raise UsageError(
+            "a cache over ranks does not go over tiers too: each rank's memories are its own",
+            hint="leave out --split, or tiers and policy flexgen",
+        )
     if name == Heads.name:
         _check_heads(wire.count, recipe, num_kv_heads)
         return Heads(wire)

@@ -63,6 +63,12 @@ class Store:
         return self._nbytes
 
     @property
+    def slot_bytes(self) -> int:
+        """Bytes of the keys and values of one slot, as they are stored."""
+        codes = self._encoded.values()
+        return sum(x[0, 0, :1].numel() * x.itemsize for x in codes) // self.unit
+
+    @property
     def num_heads(self) -> int:
         return self._columns["position"].shape[1]
 
@@ -102,6 +108,17 @@ class Store:
         self._write(self._encoded, self.codec.encode(keys, values, position), here, self.unit)
         self.num_slots += T
 
+    def overwrite(self, slot: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> None:
+        """Put tokens into slots [B,G,T] that are there, none where EMPTY (units of one token only)."""
+        assert self.unit == 1
+        is_put = slot >= 0
+        head = torch.arange(slot[..., 0].numel(), device=slot.device).view(*slot.shape[:2], 1)
+        new = {**self.codec.encode(keys, values, position), "position": position}
+        for name, x in new.items():
+            held = self._columns[name] if name == "position" else self._encoded[name]
+            at = (head * held.shape[2] + slot)[is_put]
+            held.view(-1, *held.shape[3:])[at] = x[is_put].to(held.dtype)
+
     def keep(self, units: torch.Tensor) -> None:
         """Keep only these units [B,G,K] of every head, in the given order, and free the rest."""
         slots = units if self.unit == 1 else self._slots_of(units)
@@ -139,15 +156,20 @@ class Store:
         return self.num_slots < self._columns["position"].shape[2]
 
     def pages(self, pages: torch.Tensor, page_tokens: int) -> Store:
-        """Return a store with only these pages [B,G,K] of `page_tokens` slots each, in page order of the slots."""
+        """Return a store with only these pages [B,G,K] of `page_tokens` slots each, in page order of the slots.
+
+        Of a page -1, which is none, the slots are empty.
+        """
         assert page_tokens % self.unit == 0
+        is_none = (pages < 0).repeat_interleave(page_tokens, dim=2)
+        pages = pages.clamp(min=0)
         picked = Store(self.codec)
         picked._dtype = self._dtype
         per_page = page_tokens // self.unit
         picked._encoded = {name: _take_pages(x, pages, per_page) for name, x in self._encoded.items()}
         position = _take_pages(self._columns["position"], pages, page_tokens)
         slots = (pages[..., None] * page_tokens + torch.arange(page_tokens, device=pages.device)).flatten(2)
-        picked._columns = {"position": position.masked_fill(slots >= self.num_slots, EMPTY)}
+        picked._columns = {"position": position.masked_fill(is_none | (slots >= self.num_slots), EMPTY)}
         picked.num_slots = position.shape[2]
         return picked
 

@@ -17,7 +17,7 @@ import torch
 from pikv_core.cache.tiers_memory import Tier
 from pikv_core.cache.tiers_transfers import Piece, Totals, Transfers
 from pikv_core.errors import PiKVError, UsageError
-from pikv_core.scheduling.base import Policy, Selector
+from pikv_core.scheduling.base import Policy, Selector, ShardSelector
 from pikv_core.scheduling.flexgen import FlexGen
 from pikv_core.schema import CacheRecipe, TiersRecipe
 
@@ -41,6 +41,11 @@ def check_tiers(recipe: CacheRecipe, policy: Policy) -> None:
     if not isinstance(policy, FlexGen | Selector) and policy.takes_budget:
         raise UsageError(
             f"policy '{name}' drops tokens, and tiers hold what is kept whole: an evicted token moves pages",
+            hint="choose full, flexgen or quest, or leave out cache.tiers",
+        )
+    if isinstance(policy, ShardSelector):
+        raise UsageError(
+            f"policy '{name}' adds tokens to pages of any age, and those in tiers are done",
             hint="choose full, flexgen or quest, or leave out cache.tiers",
         )
     if recipe.rerotate:

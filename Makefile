@@ -1,5 +1,7 @@
-# Each target makes .venv by itself, test-kvpress .venv-presses; PYTHON chooses the interpreter they are made with.
+# Each target makes .venv by itself, test-kvpress .venv-presses; PYTHON chooses the interpreter they are made with,
+# WORKERS how many processes test.
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 
 .PHONY: demo test test-slow test-kvpress check bench clean
@@ -8,10 +10,10 @@ demo: .venv/ready
 	$(BIN)/python -m pikv_cli.demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: .venv/ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal
 
 test-kvpress: .venv-presses/ready
 	.venv-presses/bin/python -m pytest -m 'not slow and not gpu' tests/presses

@@ -10,7 +10,7 @@ import typer
 from pikv_cli import options, output
 
 COLUMNS = ["method", "budget", "resident_bytes", "share", "recall", "±", "perplexity", "agreement", "agreement_kl"]
-COLUMNS += ["ruler", "attention_error", "attention_mass", "ms_per_token"]
+COLUMNS += ["ruler", "attention_error", "attention_mass", "read_bytes_per_token", "ms_per_token"]
 
 
 @options.verb

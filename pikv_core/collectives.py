@@ -1,4 +1,7 @@
-"""Sums over the processes that train together; alone, each of these returns what it is given."""
+"""Sums over the processes that train together, and how a lost one is told.
+
+Alone, each of the sums returns what it is given.
+"""
 
 from __future__ import annotations
 
@@ -30,3 +33,9 @@ def mean_count(count: int | Tensor) -> float | Tensor:
     if num_ranks() == 1:
         return count.clamp(min=1) if isinstance(count, Tensor) else max(1, count)
     return total(torch.as_tensor(count)).clamp(min=1) / num_ranks()
+
+
+def is_of_connection(error: RuntimeError) -> bool:
+    """Return whether an error is of the traffic between ranks, which gloo tells as a plain RuntimeError."""
+    told = str(error).lower()
+    return isinstance(error, dist.DistError) or "gloo" in told or "connection" in told

@@ -17,23 +17,39 @@ ALL = sys.maxsize  # every query of a step
 
 
 @dataclass
+class Reads:
+    """What attention of single new tokens has read, over all rows and layers.
+
+    num_bytes: of keys and values, or their codes, and of what a selector chose by. slow_bytes: those in slow shards.
+    """
+
+    num_bytes: int = 0
+    slow_bytes: int = 0
+
+
+@dataclass
 class LayerRun:
     """One layer of one run: its place, what the model tells of it, and what members remember from step to step.
 
     own: memory of this layer, shared: of all layers of the cache (keys by member, such as "fastv"); both live as long
     as the cache's tokens, and the first dimension of a tensor in them is the batch. rotary: the model's rotary
-    embedding, None before `cache.attach(model)` or where it has none. fitted: tensors of the policy's calibration, for
-    all layers. events: what is worth a line in the report.
+    embedding, routing: who tells the experts of its tokens; None before `cache.attach(model)` or where it has none.
+    fitted: tensors of the policy's calibration, for all layers. events: what is worth a line in the report. first_head:
+    of a layer that is split over ranks by heads, which is the first one here. reads: where to count what is read, None
+    for nowhere.
     """
 
     index: int
     num_layers: int
     num_kv_heads: int = 0
     rotary: Any = None
+    routing: Any = None
     fitted: Mapping[str, torch.Tensor] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
+    first_head: int = 0
+    reads: Reads | None = None
 
     @property
     def nbytes(self) -> int:

@@ -37,4 +37,5 @@ def small_model():
 
 @pytest.fixture(autouse=True)
 def _two_threads_at_most():
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    beside_others = "PYTEST_XDIST_WORKER" in os.environ
+    torch.set_num_threads(min(1 if beside_others else 2, torch.get_num_threads()))

@@ -27,7 +27,7 @@ MAY = {
     "simulation": set(),
     "simulation/attention": {"cache", "scheduling"},
     "moe": {"pikv_kernels"},
-    "cache": {"compression", "scheduling", "pikv_kernels"},
+    "cache": {"compression", "scheduling", "pikv_kernels", "simulation"},
     "model": {"moe", "cache", "pikv_kernels"},
     "training": {"model", "moe", "cache", "data", "evaluation", "scheduling", "pikv_kernels"},
     "evaluation": {"model", "cache", "data", "compression", "scheduling"},

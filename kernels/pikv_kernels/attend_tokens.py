@@ -68,7 +68,8 @@ def attend_pages(
 ) -> Partial:
     """Attend by numba or Triton over the pages int64 [B,G,K], without probs, or all tokens; see `attend_tokens`.
 
-    scales: float32 [B,G,U] each, by which keys and values of S/U tokens are multiplied; for numba U pages.
+    A page of -1 is none. scales: float32 [B,G,U] each, by which keys and values of S/U tokens are multiplied; for numba
+    U pages.
     """
     if backend == "triton":
         store = FullKV(keys, values) if scales is None else Float8KV(keys, scales[0], values, scales[1])

@@ -16,10 +16,10 @@ def make_kernel(R: int, D: int, V: int, T: int) -> Callable[..., None]:
     """Return the kernel for R query rows, D channels of a key and V of a value, and T tokens at a time.
 
     It takes arrays [heads,·,...] and the range of heads to attend for. pages: int64 [heads,K] of T tokens each to read
-    of the first `num_tokens`, or [0,0] for all of these. seen: bool [·,S], one row for `heads_of_seen` heads, or [0,0]
-    for all; probs [heads,R,S] or [0,0,0] for none. key_scale, value_scale: float32 [heads,·], a number for each T
-    tokens, or [0,0] for none. It writes output, probs, and the highest logit and the weights' sum [heads,R] in powers
-    of two.
+    of the first `num_tokens`, -1 for none, or [0,0] for all of these. seen: bool [·,S], one row for `heads_of_seen`
+    heads, or [0,0] for all; probs [heads,R,S] or [0,0,0] for none. key_scale, value_scale: float32 [heads,·], a number
+    for each T tokens, or [0,0] for none. It writes output, probs, and the highest logit and the weights' sum [heads,R]
+    in powers of two.
     """
     AHEAD = 4096  # bytes, where what follows lies behind
 
@@ -43,7 +43,7 @@ def make_kernel(R: int, D: int, V: int, T: int) -> Callable[..., None]:
             for place in range(num_blocks):
                 start = pages[n, place] * T if len(pages) else place * T
                 end = min(start + T, num_tokens)
-                if start >= end:
+                if start < 0 or start >= end:
                     continue
                 if len(pages):
                     to_next = pages[n, min(place + 1, num_blocks - 1)] * T - start

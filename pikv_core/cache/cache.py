@@ -17,20 +17,24 @@ from pikv_core.cache.attention import ENTRY, claim_entry
 from pikv_core.cache.backend import check_forced
 from pikv_core.cache.budget import Budget, Shape
 from pikv_core.cache.layer import CacheLayer
+from pikv_core.cache.ranks import Wire, make_split
 from pikv_core.cache.recording import Recorder
 from pikv_core.cache.rotary import Rotary
+from pikv_core.cache.routing import Routing
 from pikv_core.cache.static import check_static
 from pikv_core.cache.support import check_layers, check_recipe, windows
+from pikv_core.cache.tiers import Tiers
 from pikv_core.components import Component, build
 from pikv_core.compression import CODECS
 from pikv_core.compression.base import Codec
 from pikv_core.compression.none import Plain
 from pikv_core.errors import PiKVError, UsageError
-from pikv_core.observation import LayerRun
+from pikv_core.observation import LayerRun, Reads
 from pikv_core.registry import Registry
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.allocation import ALLOCATIONS
-from pikv_core.scheduling.base import Evictor, Policy
+from pikv_core.scheduling.base import Evictor, Policy, ShardSelector
+from pikv_core.scheduling.flexgen import FlexGen
 from pikv_core.schema import CacheRecipe
 
 
@@ -75,6 +79,10 @@ class PiKVCache(Cache):
                 for index, window in enumerate(per_layer)
             ]
         )
+        placed = recipe.tiers is not None or isinstance(policy, FlexGen)
+        self.tiers = Tiers(recipe, policy, per_layer) if placed else None  # None: all of it is on the device
+        for layer in self.own_layers:
+            layer.tiers = self.tiers
         claim_entry()
         config._attn_implementation = ENTRY
 
@@ -129,6 +137,19 @@ class PiKVCache(Cache):
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         return Shape(len(self.layers), 1, getattr(text, "num_key_value_heads", None) or heads, head_dim, model.dtype)
 
+    def share(self, split: str, wire: Wire, model: PreTrainedModel) -> PiKVCache:
+        """Hold a part of every layer, split over the ranks of a wire by "heads" or "tokens"; return the cache.
+
+        Raises UsageError where the recipe cannot be split so.
+        """
+        shape = self._shape_for(model)
+        codecs = [self._bind(index, shape)[0] for index in range(len(self.layers))]
+        policy, per_layer = self.own_layers[0].policy, windows(self._config)
+        made = make_split(split, wire, self.recipe, policy, codecs, shape.num_kv_heads, per_layer)
+        for layer in self.own_layers:
+            layer.split = made
+        return self
+
     def attach(self, model: PreTrainedModel) -> PiKVCache:
         """Make `model` attend through this cache's entry, and return the cache.
 
@@ -138,9 +159,10 @@ class PiKVCache(Cache):
             from pikv_core.cache import calibration
 
             calibration.check_model(self.recipe.calibration, model)
-        rotary = Rotary.of(model)
+        rotary, policy = Rotary.of(model), self.own_layers[0].policy
+        routing = Routing.of(model) if isinstance(policy, ShardSelector) and policy.by == "router" else None
         for layer in self.own_layers:
-            layer.run.rotary = rotary
+            layer.run.rotary, layer.run.routing = rotary, routing
         self._codecs = None
         model.set_attn_implementation(ENTRY)
         return self
@@ -163,7 +185,7 @@ class PiKVCache(Cache):
         """Return a copy with storage of its own, which goes on from here apart from this one."""
         shared = [self._config, self.recipe, self._codecs, self._codec_tensors, self._asked_codec]
         for layer in self.own_layers:
-            shared += [layer.policy, layer.allocation, layer.run.rotary, layer.run.fitted]
+            shared += [layer.policy, layer.allocation, layer.run.rotary, layer.run.routing, layer.run.fitted]
         return copy.deepcopy(self, {id(x): x for x in shared})
 
     @property
@@ -173,8 +195,12 @@ class PiKVCache(Cache):
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of live storage over all layers."""
-        return sum(layer.resident_bytes for layer in self.own_layers)
+        """Bytes of live storage over all layers and tiers, staging buffers included."""
+        return sum(layer.resident_bytes for layer in self.own_layers) + self._staging_bytes
+
+    @property
+    def _staging_bytes(self) -> int:
+        return 0 if self.tiers is None else self.tiers.staging_bytes
 
     @property
     def full_bytes(self) -> int:
@@ -215,13 +241,26 @@ class PiKVCache(Cache):
 
         Raises UsageError where the cache keeps a part or codes: a record is of the whole attention.
         """
-        if self.recipe.policy.name != "full" or self.recipe.codec.name != "none":
+        if self.recipe.policy.name != "full" or self.recipe.codec.name != "none" or self.tiers is not None:
             raise UsageError(
-                "only a cache of policy 'full' and codec 'none' records: what is dropped or coded has no attention",
-                hint="leave out policy, budget and codec",
+                "only a cache of policy 'full' and codec 'none' in one memory records: what is dropped, coded or "
+                "elsewhere has no attention",
+                hint="leave out policy, budget, codec and tiers",
             )
         for layer in self.own_layers:
             layer.recorder = recorder
+
+    def count_reads(self) -> Reads:
+        """Count from now on, in what is returned, the bytes that attention of single new tokens reads."""
+        reads = Reads()
+        for layer in self.own_layers:
+            layer.run.reads = reads
+        return reads
+
+    @property
+    def is_held(self) -> bool:
+        """Whether `hold` was called, and `compress` not yet."""
+        return self.own_layers[0].held
 
     def hold(self) -> None:
         """Keep all that arrives, whatever the budget, until `compress`; statistics go on."""
@@ -249,6 +288,8 @@ class PiKVCache(Cache):
         self._layer_bytes = [0] * len(self.own_layers)
         self._total_bytes = self.peak_bytes = 0
         self._codecs = None
+        if self.tiers is not None:
+            self.tiers.reset()
 
     def rewind(self, num_tokens: int) -> None:
         """Forget the newest tokens; raises UsageError where they were not fed while the cache was held."""
@@ -280,7 +321,9 @@ class PiKVCache(Cache):
         held = self.own_layers[layer].resident_bytes
         self._total_bytes += held - self._layer_bytes[layer]
         self._layer_bytes[layer] = held
-        self.peak_bytes = max(self.peak_bytes, self._total_bytes)
+        self.peak_bytes = max(self.peak_bytes, self._total_bytes + self._staging_bytes)
+        if self.tiers is not None:
+            self.tiers.note(layer, held)
 
 
 def _ready(

@@ -40,8 +40,10 @@ class Changes:
         self._num_rows: dict[str, int] = {}
         self._begun = False
 
-    def since(self, now: Snapshot) -> Change:
-        """Return the change since the last call, or all of it in the first."""
+    def since(self, now: Snapshot, anew: bool = False) -> Change:
+        """Return the change since the last call; all that there is in the first, and `anew`."""
+        if anew:
+            self._columns, self._num_rows, self._begun = {}, {}, False
         tensors = {f"small/{name}": _copy(x) for name, x in now.small.items()}
         facts: dict[str, Any] = {"cache": now.facts, "small": list(now.small), "slots": {}, "growing": {}}
         for name, slots in now.slots.items():

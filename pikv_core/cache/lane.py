@@ -19,11 +19,14 @@ from pikv_core.cache.newest import Read, attend_newest
 from pikv_core.cache.page_bounds import PageBounds
 from pikv_core.cache.reach import Reach
 from pikv_core.cache.recording import CHUNK_QUERIES, Recorded
+from pikv_core.cache.shards import Shards
 from pikv_core.cache.store import Store
+from pikv_core.cache.tiers import Tiers
+from pikv_core.cache.tiers_store import TieredStore
 from pikv_core.compression.base import Codec
 from pikv_core.compression.none import Plain
-from pikv_core.observation import LayerRun, Observer, Rows
-from pikv_core.scheduling.base import Evictor, Selector, Tokens
+from pikv_core.observation import LayerRun, Observer, Reads, Rows
+from pikv_core.scheduling.base import Evictor, PageSelector, Selector, ShardSelector, Tokens
 from pikv_kernels.partial_attention import causal_attention
 from pikv_kernels.prefill_rows import prefill_rows
 
@@ -44,6 +47,7 @@ class LayerPlan:
     window: int | None
     rerotate: bool
     run: LayerRun
+    tiers: Tiers | None = None
 
     @property
     def page(self) -> int:
@@ -53,6 +57,12 @@ class LayerPlan:
     @property
     def decides_once(self) -> bool:
         return self.evictor is not None and self.evictor.decides_once
+
+    def store(self, codec: Codec, columns: tuple[str, ...], grain_slots: int) -> Store:
+        """Return an empty store for the tokens that stay; those of a sliding window are few, and stay on the device."""
+        if self.tiers is None or self.window is not None:
+            return Store(codec, columns, grain_slots)
+        return TieredStore(codec, columns, grain_slots, self.tiers, self.run.index, self.selector is not None)
 
     def columns(self, scoring: bool) -> tuple[str, ...]:
         """Name the evictor's statistics of stored tokens; `scoring` while a score taken once is still to come."""
@@ -71,15 +81,21 @@ class Lane:
         self.plan, self.pairs, self.head = plan, pairs, head
         self.row = self._rows_of_pairs()
         codec = plan.codec if pairs is None else plan.codec.for_heads(head)
-        columns, page = plan.columns(scoring=True), plan.page
-        # What a codec goes by is of use until it encodes: in the tail alone.
-        self.tail = Store(Plain(), (*columns, *codec.columns), page if isinstance(codec, Plain) else 8)
-        self.body = None if isinstance(codec, Plain) else Store(codec, columns, page)
-        self.bounds = PageBounds(page) if plan.selector is not None else None
+        columns, page, selector = plan.columns(scoring=True), plan.page, plan.selector
+        self.shards = Shards(selector, plan.run, page) if isinstance(selector, ShardSelector) else None
+        is_whole = isinstance(codec, Plain) and self.shards is None
+        waits = (*columns, *self._tail_columns())
+        self.tail = plan.store(Plain(), waits, page) if is_whole else Store(Plain(), waits, 8)
+        self.body = None if is_whole else plan.store(codec, columns, page)
+        self.bounds = PageBounds(page) if isinstance(selector, PageSelector) else None
         self.has_empty = False
         self.in_order = True
         self._room: tuple[torch.Tensor, Room] | None = None
         self._beside: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def _tail_columns(self) -> tuple[str, ...]:
+        """Name what is of use until tokens leave the tail: what a codec encodes by, or shards place by."""
+        return (*self.plan.codec.columns, *(self.shards.columns if self.shards is not None else ()))
 
     @property
     def stores(self) -> list[Store]:
@@ -163,7 +179,7 @@ class Lane:
         num_shown = max((watcher.observes for watcher in watchers), default=0)
         if T == 1 and not self.plan.rerotate:
             shown = num_shown > 0
-            newest = [self._read(store, query, position, capacity, shown, reach) for store in self.stores]
+            newest = [self._read(store, query, position, scale, capacity, shown, reach) for store in self.stores]
 
             def show_newest(probs: list[torch.Tensor], num_visible: torch.Tensor) -> None:
                 self._show(watchers, position, slice(0, 1), 1, probs, num_visible)
@@ -187,6 +203,9 @@ class Lane:
                     watchers, position, new, T, [probs], (position[:, None, new] + 1).expand(*probs.shape[:2], -1)
                 ),
             )
+        if T == 1 and self.plan.run.reads is not None:
+            for store in self.stores:
+                self._count(self.plan.run.reads, store, None)
         if self.plan.rerotate:
             query, read = self._rerotated(query, position)
         else:
@@ -227,7 +246,7 @@ class Lane:
             whole = mass.sum(-1) + sinks.unflatten(1, (held.shape[1], -1))
             shares = mass / whole.clamp(min=torch.finfo(mass.dtype).tiny)[..., None]
             self._show(watchers, position, new, T, [shares], visible.sum(-1).expand(*held.shape[:2], -1))
-        pages = None if query is None or T > 1 else self._pages(self.tail, query, capacity)
+        pages = None if query is None or T > 1 else self._pages(self.tail, query, query.shape[-1] ** -0.5, capacity)
         read = self.tail if pages is None else self.tail.pages(pages, self.plan.page)
         return read.position.clone()  # evictions move slots in place
 
@@ -274,24 +293,49 @@ class Lane:
         store: Store,
         query: torch.Tensor,
         position: torch.Tensor,
+        scale: float,
         capacity: Callable[[], int],
         shown: bool,
         reach: Reach | None,
     ) -> Read:
-        """Return what a single query reads of a store: the selector's pages of it, or all."""
-        pages = self._pages(store, query, capacity)
+        """Return what a single query reads of a store, and count it: the selector's pages of it, or all."""
+        pages = self._pages(store, query, scale, capacity)
+        if self.plan.run.reads is not None:
+            self._count(self.plan.run.reads, store, pages)
         if pages is not None and shown:  # rows are of whole stores
             store, pages = store.pages(pages, self.plan.page), None
             return Read(store, (store.position >= 0)[:, :, None])
+        if self.shards is not None and store is self.body:
+            return Read(store, (store.position >= 0)[:, :, None], pages, self.plan.page)
         masked = self.has_empty or self.plan.window is not None or reach is not None
         return Read(store, self._visible(store, position, reach) if masked else None, pages, self.plan.page)
 
-    def _pages(self, store: Store, query: torch.Tensor, capacity: Callable[[], int]) -> torch.Tensor | None:
-        """Return the pages [B,G,K] of a store that a single query reads, None for all of it."""
+    def _count(self, reads: Reads, store: Store, pages: torch.Tensor | None) -> None:
+        """Count what a single query reads of a store: all slots, or pages and what they were chosen by."""
+        num_heads = self.head.numel()
+        num_slots = store.num_slots * num_heads
+        if pages is not None:
+            is_last = pages == store.num_slots // self.plan.page  # a page that is not whole
+            missing = self.plan.page - store.num_slots % self.plan.page
+            num_slots = int((pages >= 0).sum()) * self.plan.page - int(is_last.sum()) * missing
+            reads.num_bytes += self.bounds.read_bytes if self.bounds is not None else 0
+        if self.shards is not None and store is self.body:
+            reads.num_bytes += 0 if pages is None else self.shards.read_bytes
+            reads.slow_bytes += self.shards.num_slow(pages) * self.plan.page * store.slot_bytes
+        reads.num_bytes += num_slots * store.slot_bytes
+
+    def _pages(
+        self, store: Store, query: torch.Tensor, scale: float, capacity: Callable[[], int]
+    ) -> torch.Tensor | None:
+        """Return the pages [B,G,K] of a store that a single query reads (-1: none), None for all of it."""
         selector, bounds = self.plan.selector, self.bounds
-        if selector is None or bounds is None or (self.body is not None and store is self.tail):
+        if selector is None or (self.body is not None and store is self.tail):
             return None
         others = self.num_slots - store.num_slots
+        if self.shards is not None:
+            rows = query.reshape(len(query), store.num_heads, -1, query.shape[-1])
+            return self.shards.choose(rows, scale, capacity() - others)
+        assert bounds is not None and isinstance(selector, PageSelector)
         page = bounds.page_tokens
         num_pages = max(1, selector.num_pages(capacity(), page) - -(-others // page))
         if num_pages >= bounds.num_pages:
@@ -370,7 +414,7 @@ class Lane:
     def set_columns(self, scoring: bool) -> None:
         """Carry what `LayerPlan.columns` names, and nothing else of the evictor's."""
         columns = self.plan.columns(scoring)
-        self.tail.set_columns((*columns, *self.plan.codec.columns))
+        self.tail.set_columns((*columns, *self._tail_columns()))
         if self.body is not None:
             self.body.set_columns(columns)
 
@@ -390,12 +434,19 @@ class Lane:
         self.in_order = self.in_order and not dropped.moved
         self.has_empty = self.has_empty or dropped.emptied
 
-    def encode(self) -> None:
-        """Move the oldest whole units of the tail, full precision until now, into the body."""
+    def encode(self, num_waiting: int | None = None) -> None:
+        """Move the oldest whole units of the tail, full precision until now, into the body.
+
+        num_waiting: tokens that stay, None for what the codec says.
+        """
         tail, body = self.tail, self.body
         if body is None:
             return
-        num_tokens = (tail.num_slots - body.codec.residual) // body.unit * body.unit
+        if self.shards is not None:
+            self.in_order = not self.shards.take_from(tail, body) and self.in_order
+            return
+        stay = body.codec.residual if num_waiting is None else num_waiting
+        num_tokens = (tail.num_slots - stay) // body.unit * body.unit
         if num_tokens <= 0:
             return
         order = tail.position.argsort(dim=-1, stable=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -18,12 +18,19 @@ from pikv_core.cache.lane import Lane, LayerPlan
 from pikv_core.cache.reach import Reach
 from pikv_core.cache.recording import Recorded, Recorder
 from pikv_core.cache.seen import Seen
+from pikv_core.cache.shards import EXPERT
 from pikv_core.cache.store import EMPTY
+from pikv_core.cache.support import check_selector
+from pikv_core.cache.tiers import Tiers
+from pikv_core.cache.tiers_placing import place
 from pikv_core.compression.base import Codec
 from pikv_core.errors import PiKVError, UsageError
-from pikv_core.observation import LayerRun, Observer
+from pikv_core.observation import ALL, LayerRun, Observer
 from pikv_core.scheduling.allocation.base import Allocation
-from pikv_core.scheduling.base import Evictor, Policy, Selector
+from pikv_core.scheduling.base import Evictor, Policy, Selector, ShardSelector
+
+if TYPE_CHECKING:
+    from pikv_core.cache.ranks import Split
 
 # What attention code asks of keys and values, if it takes them for tensors.
 TENSOR_ATTRIBUTES = {"shape", "size", "dim", "ndim", "to", "view", "reshape", "transpose", "permute", "contiguous"}
@@ -47,7 +54,9 @@ class CacheLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     recorder: Recorder | None = None  # is told of every step
+    tiers: Tiers | None = None  # where pages go that the device has no room for
     is_recorded = False  # to be replayed: nothing may be asked of the device
+    split: Split | None = None  # over ranks, of which this one holds a part
 
     def __init__(
         self,
@@ -75,8 +84,9 @@ class CacheLayer(CacheLayerMixin):
         limits = self._asked_budget.limits
         self.evictor = self.policy if isinstance(self.policy, Evictor) and limits else None
         # A sliding window is short and drops tokens by itself: pages would neither save reads nor stay in place.
-        selector = self.policy if isinstance(self.policy, Selector) and limits and self.window is None else None
-        self._selector = selector if selector is not None and self.index >= selector.dense_layers else None
+        selector = self.policy if isinstance(self.policy, Selector) and self.window is None else None
+        selects = selector is not None and (limits or selector.limits_itself) and self.index >= selector.dense_layers
+        self._selector = selector if selects else None
         for memory in (self.run.own, self.run.shared, self.run.events):
             memory.clear()
         self.lanes: list[Lane] = []
@@ -91,17 +101,26 @@ class CacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         B, G, _, D = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._shape = Shape(self.run.num_layers, B, G, D, key_states.dtype)
+        num_heads = G if self.split is None else G * self.split.parts_of_heads
+        self._shape = Shape(self.run.num_layers, B, num_heads, D, key_states.dtype)  # of all ranks together
         self.run.num_kv_heads = G
         codec, budget = self._bind(self.index, self._shape)
+        if self.split is not None:
+            codec, self.run.first_head = self.split.codec(codec, num_heads), self.split.first_head(num_heads)
         self.budgets = HeadBudgets(budget, self.allocation, self.evictor, self.window, self.run)
-        self.plan = LayerPlan(codec, self.evictor, self._selector, self.window, self._rerotate, self.run)
+        if self._selector is not None:
+            check_selector(self._selector, codec, self.run)
+        if self.tiers is not None:
+            self.tiers.start(key_states)
+        self.plan = LayerPlan(codec, self.evictor, self._selector, self.window, self._rerotate, self.run, self.tiers)
         self.lanes = [Lane(self.plan, None, torch.arange(G).expand(B, G))]
         self.seen = Seen(B, key_states.device)
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Take new keys and values [B,G,T,D]; the attention entry gets this layer in place of tensors."""
+        if self.split is not None:
+            key_states, value_states = self.split.own_heads(key_states), self.split.own_heads(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.arrived = (key_states, value_states)
@@ -156,8 +175,8 @@ class CacheLayer(CacheLayerMixin):
 
     @property
     def dimensions(self) -> tuple[int, int, int]:
-        """Rows of the batch, key/value heads, channels of a head, once there are tokens."""
-        return len(self.num_seen), self._shape.num_kv_heads, self._shape.head_dim
+        """Rows of the batch, key/value heads held here, channels of a head, once there are tokens."""
+        return len(self.num_seen), self.run.num_kv_heads, self._shape.head_dim
 
     @property
     def num_stored(self) -> int:
@@ -210,7 +229,7 @@ class CacheLayer(CacheLayerMixin):
         """Put the lanes' tensors [N,1,S,...] together as [B,G,S,...], filled up to the longest."""
         if self.lanes[0].pairs is None:
             return parts[0]
-        B, G = len(self.num_seen), self._shape.num_kv_heads
+        B, G = len(self.num_seen), self.run.num_kv_heads
         longest = max(part.shape[2] for part in parts)
         whole = parts[0].new_full((B * G, longest, *parts[0].shape[3:]), fill)
         for lane, part in zip(self._filled(), parts):
@@ -231,11 +250,24 @@ class CacheLayer(CacheLayerMixin):
         query: [B,H,T,D]. is_token: bool [B,T], False for padding among the new tokens; None where there is none.
         sinks: logits [H] that take attention and give nothing.
         """
-        keys, values, position, is_prompt = self._take(is_token)
+        if self.split is not None:
+            return self.split.attend(self, query, scale, is_token, softcap, sinks)
+        return self.attend_here(query, scale, is_token, softcap, sinks)
+
+    def attend_here(
+        self,
+        query: torch.Tensor,
+        scale: float,
+        is_token: torch.Tensor | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Do as `attend` does with the heads that are held here."""
+        keys, values, position, is_prompt = self.take(is_token)
         if self.evictor is not None and self.evictor.sees_queries and is_prompt:
             self.evictor.observe_queries(query, position, self.run)
         watchers, reach = self._watchers(is_prompt), self._reach(is_prompt)
-        by_group = None if sinks is None else sinks.view(1, self._shape.num_kv_heads, -1)
+        by_group = None if sinks is None else sinks.view(1, self.run.num_kv_heads, -1)
         output = (
             query if self.lanes[0].pairs is None else torch.empty_like(query, memory_format=torch.contiguous_format)
         )
@@ -254,10 +286,24 @@ class CacheLayer(CacheLayerMixin):
             if lane.pairs is None:
                 output = attended
             else:
-                by_pair = output.view(len(query) * self._shape.num_kv_heads, -1, *query.shape[2:])
+                by_pair = output.view(len(query) * self.run.num_kv_heads, -1, *query.shape[2:])
                 by_pair[lane.pairs_here()] = attended
-        self._end_step(query.shape[2], is_prompt)
+        self.end_step(query.shape[2], is_prompt)
+        if self._by_router:
+            self.run.routing.expect(self)
         return output
+
+    def take_experts(self, expert: torch.Tensor) -> None:
+        """Note the experts [B·T] of the newest tokens, for shards; those that are known may move there."""
+        (lane,) = self.lanes
+        by_row = expert.view(len(self.num_seen), 1, -1)
+        lane.tail.columns()[EXPERT][:, :, -by_row.shape[2] :] = by_row + 1
+        if not self.held:
+            self.compress()
+
+    @property
+    def _by_router(self) -> bool:
+        return isinstance(self._selector, ShardSelector) and self._selector.by == "router"
 
     def append(
         self, keys: torch.Tensor, values: torch.Tensor, columns: Mapping[str, torch.Tensor] | None = None
@@ -272,11 +318,11 @@ class CacheLayer(CacheLayerMixin):
             self.lazy_initialization(keys, values)
         self._refuse_without_queries(keys.shape[2] > 1 or self.held or self.scoring, given)
         self.update(keys, values)
-        keys, values, position, is_prompt = self._take(None)
+        keys, values, position, is_prompt = self.take(None)
         for lane in self.lanes:
             own = {name: lane.of_rows(x)[:, None].expand(lane.of_heads(keys).shape[:3]) for name, x in given.items()}
             lane.arrive(lane.of_heads(keys), lane.of_heads(values), lane.of_rows(position), own)
-        self._end_step(keys.shape[2], is_prompt)
+        self.end_step(keys.shape[2], is_prompt)
 
     def replay(self, recorded: Recorded, query: torch.Tensor | None = None) -> torch.Tensor:
         """Take the tokens given to `update` with recorded attention in place of the model's, then drop.
@@ -284,7 +330,7 @@ class CacheLayer(CacheLayerMixin):
         What is shown of it is its rows over what is stored, each brought back to a sum of 1. query: [B,H,T,D], for
         policies that go by queries. Returns the true positions [B,G,S] of what the newest query reads, -1 for none.
         """
-        keys, values, position, is_prompt = self._take(None)
+        keys, values, position, is_prompt = self.take(None)
         if query is not None and self.evictor is not None and self.evictor.sees_queries and is_prompt:
             self.evictor.observe_queries(query, position, self.run)
         watchers = self._watchers(is_prompt)
@@ -295,7 +341,7 @@ class CacheLayer(CacheLayerMixin):
             own = None if query is None else lane.of_heads(query)
             read.append(lane.replay(recorded, own, rows, watchers, self._read_tokens))
         read_position = self._gathered(read, EMPTY)
-        self._end_step(keys.shape[2], is_prompt)
+        self.end_step(keys.shape[2], is_prompt)
         return read_position
 
     def _refuse_without_queries(self, is_prompt: bool, given: Mapping[str, torch.Tensor]) -> None:
@@ -311,7 +357,7 @@ class CacheLayer(CacheLayerMixin):
                     hint="give the queries too, or choose what needs none, such as the policies lru and streaming-llm",
                 )
 
-    def _take(self, is_token: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
+    def take(self, is_token: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
         """Return the new keys and values, their positions [B,T], and whether they are of a prompt."""
         keys, values = self.arrived
         del self.arrived
@@ -321,9 +367,14 @@ class CacheLayer(CacheLayerMixin):
             self.set_scoring(True)
         return keys, values, self.seen.advance(keys.shape[2], is_token), is_prompt
 
-    def _end_step(self, num_new: int, is_prompt: bool) -> None:
+    def end_step(self, num_new: int, is_prompt: bool) -> None:
+        """Count new tokens that have been attended from, and drop and encode unless that is held."""
         self.seen_length += num_new
+        if self.tiers is not None:
+            self.tiers.is_decoding = num_new == 1
         self._on_change(self.index)
+        if self.split is not None:
+            self.split.end_step(self, self.seen_length == num_new)
         if self.held:
             self._seen_since_hold[self.seen_length] = self.num_seen
         else:
@@ -366,16 +417,25 @@ class CacheLayer(CacheLayerMixin):
             return
         if self.evictor is None and self.window is None and self.lanes[0].body is None:
             self.looking = False
+            self.place_pages()
             return
+        waiting = None if self.split is None else self.split.num_waiting(self)
         for lane in self.lanes:
             if lane.body is not None and lane.body.num_slots:
-                lane.encode()  # new units compete with old ones; a first prompt is evicted token by token
+                lane.encode(waiting)  # new units compete with old ones; a first prompt is evicted token by token
         if self.evictor is not None or self.window is not None:
             self._evict()
         for lane in self.lanes:
-            lane.encode()
+            lane.encode(waiting)
         self.looking = False
         self._on_change(self.index)
+        self.place_pages()
+
+    def place_pages(self) -> None:
+        """Move to tiers what the device has no room for."""
+        if self.tiers is not None:
+            place(self.lanes[0], self._read_tokens)
+            self._on_change(self.index)
 
     def _evict(self) -> None:
         drops = self.evictor is not None
@@ -387,10 +447,11 @@ class CacheLayer(CacheLayerMixin):
                 hint="feed the prompt by pikv_core.model.steps.prefill(model, cache, ids)",
             )
         by_unit = not self.budgets.may_part
+        whole, capacity = capacity, capacity if self.split is None else self.split.capacity(self, capacity)
         rooms = [lane.room(capacity) for lane in self.lanes]
         if not decide and not any(lane.needs_eviction(room, by_unit) for lane, room in zip(self.lanes, rooms)):
             return
-        scores = [lane.score(lane.of_rows(self.seen.here), room, decide) for lane, room in zip(self.lanes, rooms)]
+        scores = [lane.score(lane.of_rows(self.seen.here), lane.room(whole), decide) for lane in self.lanes]
         if decide:
             for lane, score in zip(self.lanes, scores):
                 lane.settle(score)
@@ -420,8 +481,8 @@ class CacheLayer(CacheLayerMixin):
         self.seen_length += 1
 
     def _read_tokens(self) -> int:
-        """Return the tokens per head that a selector reads, in the row that has the most."""
-        return int(self._allowed().max())
+        """Return the tokens per head that a selector may read, in the row that has the most."""
+        return int(self._allowed().max()) if self._asked_budget.limits else ALL
 
     def _allowed(self) -> torch.Tensor:
         """Return how many tokens [B,G] may stay of those seen; the very same tensor once that does not change."""

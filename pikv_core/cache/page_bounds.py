@@ -18,6 +18,11 @@ class PageBounds:
         return 0 if self._bounds is None else self._bounds.untyped_storage().nbytes()
 
     @property
+    def read_bytes(self) -> int:
+        """Bytes of the bounds that a query is compared with, of all rows and heads."""
+        return 2 * self.lowest.numel() * self.lowest.itemsize
+
+    @property
     def lowest(self) -> torch.Tensor:
         assert self._bounds is not None
         return self._bounds[0, :, :, : self.num_pages]

@@ -54,6 +54,8 @@ def restore(cache: PiKVCache, found: Snapshot, device: torch.device) -> None:
     cache.own_layers[0].run.shared.update(_unpacked(found.facts["shared"], found.small, device))
     cache.events[:] = found.facts["events"]
     for layer in cache.own_layers:
+        if layer.is_initialized:
+            layer.place_pages()
         layer.note_bytes()
     cache.peak_bytes = max(cache.peak_bytes, found.facts["peak_bytes"])
 

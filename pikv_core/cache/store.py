@@ -47,6 +47,7 @@ class Store:
         self.codec = codec
         self.unit = codec.unit_tokens
         self.num_slots = 0
+        self._away_slots = 0  # of the first ones, whose codes lie elsewhere
         self._grain = grain_slots
         self._column_names = columns
         self._encoded: dict[str, torch.Tensor] = {}
@@ -60,6 +61,12 @@ class Store:
         if self._nbytes is None:
             self._nbytes = sum(tensor.untyped_storage().nbytes() for tensor in self._all())
         return self._nbytes
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the keys and values of one slot, as they are stored."""
+        codes = self._encoded.values()
+        return sum(x[0, 0, :1].numel() * x.itemsize for x in codes) // self.unit
 
     @property
     def num_heads(self) -> int:
@@ -97,8 +104,20 @@ class Store:
             given = (columns or {}).get(name)
             new_columns[name] = keys.new_zeros(keys.shape[:3], dtype=torch.float32) if given is None else given
         self._write(self._columns, new_columns, self.num_slots, 1)
-        self._write(self._encoded, self.codec.encode(keys, values, position), self.num_slots // self.unit, self.unit)
+        here = (self.num_slots - self._away_slots) // self.unit
+        self._write(self._encoded, self.codec.encode(keys, values, position), here, self.unit)
         self.num_slots += T
+
+    def overwrite(self, slot: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> None:
+        """Put tokens into slots [B,G,T] that are there, none where EMPTY (units of one token only)."""
+        assert self.unit == 1
+        is_put = slot >= 0
+        head = torch.arange(slot[..., 0].numel(), device=slot.device).view(*slot.shape[:2], 1)
+        new = {**self.codec.encode(keys, values, position), "position": position}
+        for name, x in new.items():
+            held = self._columns[name] if name == "position" else self._encoded[name]
+            at = (head * held.shape[2] + slot)[is_put]
+            held.view(-1, *held.shape[3:])[at] = x[is_put].to(held.dtype)
 
     def keep(self, units: torch.Tensor) -> None:
         """Keep only these units [B,G,K] of every head, in the given order, and free the rest."""
@@ -137,15 +156,20 @@ class Store:
         return self.num_slots < self._columns["position"].shape[2]
 
     def pages(self, pages: torch.Tensor, page_tokens: int) -> Store:
-        """Return a store with only these pages [B,G,K] of `page_tokens` slots each, in page order of the slots."""
+        """Return a store with only these pages [B,G,K] of `page_tokens` slots each, in page order of the slots.
+
+        Of a page -1, which is none, the slots are empty.
+        """
         assert page_tokens % self.unit == 0
+        is_none = (pages < 0).repeat_interleave(page_tokens, dim=2)
+        pages = pages.clamp(min=0)
         picked = Store(self.codec)
         picked._dtype = self._dtype
         per_page = page_tokens // self.unit
         picked._encoded = {name: _take_pages(x, pages, per_page) for name, x in self._encoded.items()}
         position = _take_pages(self._columns["position"], pages, page_tokens)
         slots = (pages[..., None] * page_tokens + torch.arange(page_tokens, device=pages.device)).flatten(2)
-        picked._columns = {"position": position.masked_fill(slots >= self.num_slots, EMPTY)}
+        picked._columns = {"position": position.masked_fill(is_none | (slots >= self.num_slots), EMPTY)}
         picked.num_slots = position.shape[2]
         return picked
 
@@ -281,7 +305,7 @@ def _take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     B, G, R = x.shape[:3]
     heads = torch.arange(B * G, device=x.device).view(B, G, 1) * R
     flat = x.view(B * G * R, *x.shape[3:])
-    return flat.index_select(0, (heads + rows).flatten()).view(B, G, -1, *x.shape[3:])
+    return flat.index_select(0, (heads + rows).flatten()).view(B, G, rows.shape[2], *x.shape[3:])
 
 
 def _pairs(x: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:

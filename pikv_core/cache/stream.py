@@ -26,7 +26,8 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
 from pikv_core.cache.cache import PiKVCache
-from pikv_core.cache.changes import Change, Changes, Replay
+from pikv_core.cache.changes import Change, Changes
+from pikv_core.cache.ranks_log import RankReplay
 from pikv_core.cache.snapshot import Snapshot, take
 from pikv_core.errors import PiKVError, UsageError
 
@@ -147,7 +148,7 @@ def read(url: str) -> Saved:
         if facts["before"] is None:
             break
         chain.append(Link.read(facts["before"], f"{url}/{chain[-1].file}"))
-    replay, values = Replay(), {}
+    replay, values = RankReplay(), {}
     tensors: dict[str, torch.Tensor] = {}
     for link in reversed(chain):
         facts, tensors = _opened(folder, link, with_tensors=True)
@@ -209,18 +210,19 @@ def _opened(folder: Folder, link: Link, with_tensors: bool) -> tuple[dict[str, A
 class Writer:
     """Write a run's states, one after the other, on a thread of its own.
 
-    about: what the run is, for whoever goes on with it. after: the state that the log goes on from. Raises UsageError
-    where the folder holds a state already, and none is gone on from, or where another writer has it.
+    about: what the run is, for whoever goes on with it. after: the state that the log goes on from. changes: who tells
+    what has changed, where the cache is split over ranks. Raises UsageError where the folder holds a state already, and
+    none is gone on from, or where another writer has it.
     """
 
-    def __init__(self, url: str, about: dict[str, Any], after: Saved | None = None):
+    def __init__(self, url: str, about: dict[str, Any], after: Saved | None = None, changes: Changes | None = None):
         self._folder, self._about = Folder(url), about
         self._folder.make()
         self._lock = self._locked()
         if after is None and self._folder.exists(MANIFEST):
             self._unlock()
             raise UsageError(f"{url}: holds a state already", hint="go on with it by --resume, or give another folder")
-        self._changes = Changes()
+        self._changes = Changes() if changes is None else changes
         self._last = None if after is None else after.link
         self._number = 0 if after is None else int(after.link.file[:8]) + 1
         self._written_bytes = self._whole_bytes = 0
@@ -241,11 +243,11 @@ class Writer:
         tokens: int64 [B,T], all there are so far. values: JSON values; tensors: small ones, such as random states.
         """
         self._raise()
-        if self._written_bytes > 2 * self._whole_bytes:
-            self._changes, self._written_bytes = Changes(), 0
+        anew = self._written_bytes > 2 * self._whole_bytes
         now = take(cache)
         now.growing["tokens"] = tokens[..., None]
-        change = self._changes.since(now)
+        change = self._changes.since(now, anew)
+        self._written_bytes *= not anew
         num_bytes = sum(x.nbytes for x in change.tensors.values())
         if change.whole:
             self._whole_bytes = num_bytes

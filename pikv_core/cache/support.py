@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from pikv_core.cache.budget import Budget
+from pikv_core.compression.base import Codec
 from pikv_core.errors import PiKVError, UsageError
+from pikv_core.observation import LayerRun
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.allocation import ALLOCATIONS
 from pikv_core.scheduling.allocation.base import Allocation
-from pikv_core.scheduling.base import Evictor, Policy, Selector
+from pikv_core.scheduling.base import Evictor, Policy, Selector, ShardSelector
 from pikv_core.schema import CacheRecipe
 
 
@@ -49,7 +51,8 @@ def check_layers(policy: Policy, allocation: Allocation, budget: Budget, per_lay
 
     per_layer: what `windows` returns.
     """
-    if not budget.limits:
+    selects = isinstance(policy, Selector) and policy.limits_itself
+    if not budget.limits and not selects:
         return
     if isinstance(policy, Evictor) and len(set(per_layer)) > 1:
         owns = type(policy).capacity is not Evictor.capacity
@@ -66,6 +69,23 @@ def check_layers(policy: Policy, allocation: Allocation, budget: Budget, per_lay
         f"the first {policy.dense_layers} and those with a sliding window",
         hint="lower its dense_layers, or choose a policy that drops tokens",
     )
+
+
+def check_selector(selector: Selector, codec: Codec, run: LayerRun) -> None:
+    """Raise UsageError where a layer's selector cannot work over a codec, or knows nothing of the model's router."""
+    if not isinstance(selector, ShardSelector):
+        return
+    if codec.unit_tokens != 1:
+        raise UsageError(
+            f"policy '{selector.name}' fills pages token by token, and codec '{codec.name}' encodes "
+            f"{codec.unit_tokens} at once",
+            hint="choose codec none, svd or lora",
+        )
+    if selector.by == "router" and run.routing is None:
+        raise UsageError(
+            f"policy '{selector.name}' goes by the model's router, which the cache was not attached to",
+            hint="make the cache by PiKVCache.for_model(model, recipe)",
+        )
 
 
 def check_recipe(recipe: CacheRecipe) -> None:

@@ -43,7 +43,7 @@ class CacheSchedulingManager:
         self.cache_size, self.hidden_size = cache_size, hidden_size
         if name in POLICIES.names() and issubclass(POLICIES[name], Selector):
             options = {"dense_layers": 0, **options}
-        limit = {} if name == "full" else {"budget": cache_size}
+        limit = {} if name in POLICIES.names() and not POLICIES[name].takes_budget else {"budget": cache_size}
         recipe = recipes.validate(CacheRecipe, {"policy": {"name": name, **options}, **limit}, type(self).__name__)
         check_recipe(recipe)
         self.policy: Policy = build(POLICIES, recipe.policy)

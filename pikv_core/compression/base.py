@@ -123,7 +123,8 @@ class Codec(Observer, ABC):
     ) -> Partial | None:
         """Attend query [B,G,Q,D] of one new token over pages [B,G,K] of `page_tokens` slots, read where they lie.
 
-        visible: bool [B,1|G,1,N] of all slots. None where they have to be copied before.
+        A page of -1 is none, which codecs of one token a unit may be given. visible: bool [B,1|G,1,N] of all slots.
+        None where they have to be copied before.
         """
         return None
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from pikv_core.components import Component
 from pikv_core.evaluation.methods import label
+from pikv_core.scheduling import POLICIES
 from pikv_core.schema import CacheRecipe, CompressRecipe, MethodRecipe
 
 # What can change between the runs of a sweep without changing what a cell measures.
@@ -39,7 +40,7 @@ class Cell:
 def expand(recipe: CompressRecipe) -> list[Cell]:
     """Return a cell for each method, allocation and budget, the full cache first.
 
-    Nothing is dropped under the policy "full": a codec alone has one cell.
+    A policy that takes no budget drops nothing: it has one cell, as a codec alone has.
     """
     conditions = recipe.model_dump(exclude=BESIDE)
     cells: dict[str, Cell] = {}
@@ -52,7 +53,7 @@ def expand(recipe: CompressRecipe) -> list[Cell]:
 
 
 def _caches(method: MethodRecipe, recipe: CompressRecipe) -> list[CacheRecipe]:
-    drops = method.policy.name != "full"
+    drops = POLICIES[method.policy.name].takes_budget
     allocations: Sequence[Component] = [Component("uniform")]
     if drops:
         allocations = recipe.allocations if method.allocation is None else [method.allocation]

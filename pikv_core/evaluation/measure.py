@@ -55,6 +55,8 @@ def measure(loaded: LoadedModel, cell: Cell, work: Workload) -> Row:
         peak_bytes=cost.peak_bytes,
         ms_per_token=cost.ms_per_token,
         prefill_ms=cost.prefill_ms,
+        read_bytes_per_token=cost.read_bytes_per_token,
+        slow_read_share=cost.slow_read_share,
         events=cost.events,
         backend=loaded.backend,
         **found,

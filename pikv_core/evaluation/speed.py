@@ -21,7 +21,9 @@ WARM_UP_STEPS = 4
 class Cost:
     """Of one sequence: a prompt, then NUM_STEPS tokens; the time is the median step after a warm-up.
 
-    events: what the cache reported while it ran, such as switches.
+    events: what the cache reported while it ran, such as switches. read_bytes_per_token: of keys and values or their
+    codes, and of what a selector chose by, in NUM_STEPS steps after those. slow_read_share: of these bytes, those of
+    slow shards.
     """
 
     resident_bytes: int
@@ -29,6 +31,8 @@ class Cost:
     full_bytes: int
     ms_per_token: float
     prefill_ms: float
+    read_bytes_per_token: int
+    slow_read_share: float
     events: list[dict[str, Any]]
 
 
@@ -47,12 +51,17 @@ def measure_cost(model: Any, new_cache: Callable[[], PiKVCache], prompt: torch.T
     for _ in range(NUM_STEPS):
         logits = step(model, cache, logits.argmax(-1))
         times.append(now())
+    held = (cache.resident_bytes, cache.peak_bytes, cache.full_bytes)
+    events = list(cache.events)
+    reads = cache.count_reads()
+    for _ in range(NUM_STEPS):
+        logits = step(model, cache, logits.argmax(-1))
     steps = [later - earlier for earlier, later in zip(times[WARM_UP_STEPS:], times[WARM_UP_STEPS + 1 :])]
     return Cost(
-        cache.resident_bytes,
-        cache.peak_bytes,
-        cache.full_bytes,
+        *held,
         1e3 * statistics.median(steps),
         1e3 * (times[0] - start),
-        list(cache.events),
+        round(reads.num_bytes / NUM_STEPS),
+        reads.slow_bytes / reads.num_bytes,
+        events,
     )

@@ -35,7 +35,7 @@ class Workload:
     @classmethod
     def of(cls, recipe: CompressRecipe, loaded: LoadedModel, reporter: Reporter) -> Workload:
         """Draw what the recipe's tasks need, as its seed says."""
-        longest = recipe.context_tokens + max(recipe.continuation_tokens + 1, NUM_STEPS)
+        longest = recipe.context_tokens + max(recipe.continuation_tokens + 1, 2 * NUM_STEPS)
         loaded.check_length(longest, reporter)
         text = read_text(loaded, recipe.text, recipe.column, recipe.seed, reporter)
         prompts = None

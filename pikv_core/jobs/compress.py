@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pikv_core.model.loading import LoadedModel
 
 LOGGED = ["resident_bytes", "full_bytes", "perplexity", "recall", "agreement", "agreement_kl", "ruler"]
-LOGGED += ["attention_error", "attention_mass", "ms_per_token"]
+LOGGED += ["attention_error", "attention_mass", "ms_per_token", "read_bytes_per_token"]
 
 
 @dataclass(frozen=True)

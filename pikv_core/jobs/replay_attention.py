@@ -102,7 +102,7 @@ def _replay_all(
     caches = [
         CacheRecipe(policy=component, budget=budget, allocation=recipe.allocation)
         for component in recipe.policies
-        for budget in (recipe.budgets if component.name != "full" else [1.0])  # it has no budget
+        for budget in (recipe.budgets if POLICIES[component.name].takes_budget else [1.0])
     ]
     replays = [Replay(trace, cache) for cache in caches]
     found = []

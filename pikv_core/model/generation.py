@@ -11,8 +11,12 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from pikv_core.cache import PiKVCache, stream
+from pikv_core.cache.prefix_store import PrefixStore
+from pikv_core.cache.ranks_log import Follower
 from pikv_core.errors import UsageError
 from pikv_core.model.loading import LoadedModel
+from pikv_core.model.prefix_reuse import PrefixReuse
+from pikv_core.model.ranks import Agreement, Ranks
 from pikv_core.model.replayed_step import replaying
 from pikv_core.model.saving import Saver, go_on
 from pikv_core.model.steps import prefill
@@ -28,6 +32,7 @@ class Completion:
     text: str
     token_ids: list[int]
     num_prompt_tokens: int
+    block_hits: int | None = None  # leading blocks of the prompt that a prefix store held
 
 
 def as_chat(tokenizer: Any, prompt: str) -> str:
@@ -42,7 +47,9 @@ def as_chat(tokenizer: Any, prompt: str) -> str:
 class BatchCost:
     """Bytes at the end and at the peak, and times; `num_later_tokens` came in `decode_s`, after the first of each.
 
-    first_token_s: None where a run was gone on with that had nothing left to do.
+    first_token_s: None where a run was gone on with that had nothing left to do. resident_bytes_by_rank: of each that
+    holds a part. received_bytes: what rank 0 was sent in `num_steps` steps, those after each prompt. tiers: see
+    `Tiers.report`.
     """
 
     resident_bytes: int
@@ -51,6 +58,10 @@ class BatchCost:
     first_token_s: float | None
     decode_s: float
     num_later_tokens: int
+    resident_bytes_by_rank: list[int]
+    received_bytes: int
+    num_steps: int
+    tiers: dict[str, Any] | None
 
 
 def generate_batch(
@@ -61,12 +72,15 @@ def generate_batch(
     reporter: Reporter,
     streams: bool,
     saved: stream.Saved | None = None,
-    writer: stream.Writer | None = None,
+    writer: stream.Writer | Follower | None = None,
+    store: PrefixStore | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[list[Completion], BatchCost]:
     """Generate for prompts padded on the left to one length, through a cache that is empty.
 
     streams: hand pieces of the (one) completion to the reporter as they are finished. saved: what to go on from; the
-    (one) prompt is what comes behind it, if anything. writer: where to save the (one) run.
+    (one) prompt is what comes behind it, if anything. writer: where to save the (one) run. store: what holds beginnings
+    of the (one) prompt. ranks: those that the cache is split over.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     tokenizer.padding_side = "left"
@@ -82,10 +96,12 @@ def generate_batch(
     num_before = ids.shape[1] - length
     num_left = recipe.max_new_tokens - num_before
     loaded.check_length(length + recipe.max_new_tokens - 1, reporter)
-    clock = _Clock()
+    clock, ranks = _Clock(), ranks or Ranks()
+    agreement = Agreement(ranks.wire)
     streamer = _Stream(tokenizer, reporter) if streams else None
     if streamer is not None:
         streamer.repeat(ids[0, length:])
+    reuse = None if store is None else PrefixReuse(store, model, cache, ids)
     if cache.looks is not None and saved is None:
         if length < 2:
             raise UsageError(
@@ -109,7 +125,9 @@ def generate_batch(
                 top_p=recipe.top_p if sampled else None,
                 repetition_penalty=recipe.repetition_penalty,
                 pad_token_id=tokenizer.pad_token_id,
-                stopping_criteria=StoppingCriteriaList([clock, *([] if saver is None else [saver])]),
+                stopping_criteria=StoppingCriteriaList(
+                    [clock, agreement, *(x for x in (reuse, saver) if x is not None)]
+                ),
                 streamer=streamer,
             )
         if decode is not None and not decode.num_replayed:
@@ -123,15 +141,28 @@ def generate_batch(
     for prompt, is_token, row in zip(prompts, mask[:, :length], ids[:, length:].tolist()):
         new = _until_stop(row, stops)
         completions.append(
-            Completion(prompt, tokenizer.decode(new, skip_special_tokens=True), new, int(is_token.sum()))
+            Completion(
+                prompt,
+                tokenizer.decode(new, skip_special_tokens=True),
+                new,
+                int(is_token.sum()),
+                None if reuse is None else reuse.block_hits,
+            )
         )
+    if reuse is not None:
+        reuse.finish(len(completions[0].token_ids))
+    held, received = ranks.held(cache), agreement.received_bytes
     cost = BatchCost(
-        resident_bytes=cache.resident_bytes,
-        peak_bytes=cache.peak_bytes,
+        resident_bytes=sum(each.resident_bytes for each in held),
+        peak_bytes=sum(each.peak_bytes for each in held),
         full_bytes=cache.full_bytes,
         first_token_s=clock.times[0] - clock.start if clock.times else None,
-        decode_s=clock.times[-1] - clock.times[0] if clock.times else 0.0,
+        decode_s=clock.times[-1] - clock.times[0] - (0.0 if reuse is None else reuse.store_s) if clock.times else 0.0,
         num_later_tokens=sum(max(0, len(completion.token_ids) - num_before - 1) for completion in completions),
+        resident_bytes_by_rank=[each.resident_bytes for each in held],
+        received_bytes=received[-1] - received[0] if received else 0,
+        num_steps=max(0, len(received) - 1),
+        tiers=None if cache.tiers is None else cache.tiers.report(),
     )
     return completions, cost
 

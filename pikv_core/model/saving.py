@@ -9,6 +9,7 @@ from transformers import StoppingCriteria
 
 from pikv_core.cache import PiKVCache, stream
 from pikv_core.cache.fingerprint import fingerprint, is_same
+from pikv_core.cache.ranks_log import Follower
 from pikv_core.cache.snapshot import restore
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.recipes import dump
@@ -18,7 +19,20 @@ if TYPE_CHECKING:
     from pikv_core.model.loading import LoadedModel
     from pikv_core.schema import GenerateRecipe
 
-OF_ONE_RUN = ("prompt", "prompt_file", "save_state", "save_every", "resume", "out", "name", "threads", "device")
+OF_ONE_RUN = (
+    "prompt",
+    "prompt_file",
+    "prefix_cache",
+    "prefix",
+    "save_state",
+    "save_every",
+    "resume",
+    "out",
+    "name",
+    "threads",
+    "device",
+    "split",
+)
 
 
 class Saver(StoppingCriteria):
@@ -27,7 +41,7 @@ class Saver(StoppingCriteria):
     num_prompt_tokens: of the tokens that are passed on, those that were not generated.
     """
 
-    def __init__(self, writer: stream.Writer, cache: PiKVCache, num_prompt_tokens: int, every: int):
+    def __init__(self, writer: stream.Writer | Follower, cache: PiKVCache, num_prompt_tokens: int, every: int):
         self._writer, self._cache = writer, cache
         self._num_prompt_tokens, self._every = num_prompt_tokens, every
         self._saved_length = 0

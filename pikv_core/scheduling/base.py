@@ -45,11 +45,16 @@ class Policy:
     """Base of all policies; on its own it keeps and reads every token.
 
     calibrated: whether it needs tensors that were fitted to the model (`LayerRun.fitted`). reads: what else it asks of
-    a run: the stored "keys" and "values", the model's "rotary" embedding.
+    a run: the stored "keys" and "values", the model's "rotary" embedding. takes_budget: False where it keeps and reads
+    everything, so that a budget means nothing. heads_apart: whether each key/value head is judged by its own tokens and
+    attention alone, so that heads may lie on ranks apart; what such a policy remembers of a layer are plain values, and
+    tensors whose second dimension, if any, is the heads.
     """
 
     name: ClassVar[str]
+    takes_budget: ClassVar[bool] = True
     calibrated: ClassVar[bool] = False
+    heads_apart: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -92,6 +97,13 @@ class Evictor(Policy, Observer, ABC):
         """
         return None
 
+    def ends(self, capacity: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return how many first and newest tokens [B,G] of a sequence stay, where positions alone say it; None else.
+
+        capacity [B,G]: tokens that may stay, the same in every step.
+        """
+        return None
+
     def prompt_reach(self, capacity: torch.Tensor, layer: LayerRun) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return how far a prompt's queries see, where the policy limits it and not only what stays of the prompt.
 
@@ -109,17 +121,60 @@ class Selector(Policy, ABC):
     """Choose the pages a decode step reads; nothing is dropped, multi-token steps read everything.
 
     page_tokens: tokens of a page; over codes, the least multiple of it that is whole units.
-    dense_layers: the first layers, which read everything.
+    dense_layers: the first layers, which read everything. limits_itself: whether it leaves something out even under a
+    budget of all tokens.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("keys", "queries")
     page_tokens: int
     dense_layers: int
 
+    @property
+    def limits_itself(self) -> bool:
+        return False
+
     @abstractmethod
     def num_pages(self, capacity: int, page_tokens: int) -> int:
         """Return how many pages of `page_tokens` tokens a query reads under a budget of `capacity` tokens."""
 
+
+class PageSelector(Selector):
+    """Choose among pages of consecutive tokens, by the bounds of their keys."""
+
     @abstractmethod
     def score(self, query: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor) -> torch.Tensor:
         """Return page scores [B,G,P] for query [B,G,R,D] and channel bounds [B,G,P,D]; higher = read."""
+
+
+@dataclass(frozen=True)
+class ShardKeys:
+    """What is known of the keys of E shards: tokens [B,G,E], their mean, float32, and channel bounds [B,G,E,D]."""
+
+    count: torch.Tensor
+    mean: torch.Tensor
+    lowest: torch.Tensor
+    highest: torch.Tensor
+
+
+class ShardSelector(Selector):
+    """Choose among E shards of older tokens, each of which has pages of its own; the newest page of a shard first.
+
+    sinks, newest: first and newest tokens, which are in no shard and always read. by: what sends a token to its shard,
+    "keys" or the layer's "router". promise: what it scores by, "bounds" or "centroid". slow_shards: how many of the
+    last shards are slow to read.
+    """
+
+    shards: int
+    top_shards: int | None
+    by: Literal["keys", "router"]
+    promise: Literal["bounds", "centroid"]
+    sinks: int
+    newest: int
+    slow_shards: int
+
+    @abstractmethod
+    def score(self, query: torch.Tensor, shards: ShardKeys, scale: float) -> torch.Tensor:
+        """Return shard scores [B,G,E] for query [B,G,R,D]; higher = read. Shards without tokens may get anything.
+
+        scale: of the attention logits.
+        """

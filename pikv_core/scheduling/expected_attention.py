@@ -33,6 +33,7 @@ class ExpectedAttention(Evictor):
     """
 
     decides_once: ClassVar[bool] = True
+    heads_apart: ClassVar[bool] = True
     sees_queries: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("keys", "values", "rotary")
     sinks: Annotated[int, Field(ge=0)] = 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.base import Policy
@@ -12,3 +13,6 @@ from pikv_core.scheduling.base import Policy
 @dataclass(frozen=True)
 class Full(Policy):
     """Drop nothing, read everything."""
+
+    heads_apart: ClassVar[bool] = True
+    takes_budget: ClassVar[bool] = False

@@ -25,6 +25,7 @@ class H2O(Evictor):
     """
 
     is_static: ClassVar[bool] = True
+    heads_apart: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ("mass",)
     heavy_share: Annotated[float, Field(ge=0, le=1)] = 0.5
 

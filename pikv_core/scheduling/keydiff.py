@@ -18,6 +18,7 @@ class KeyDiff(Evictor):
     """Keep the keys with the least cosine to their head's anchor: the mean of its stored keys, each normalised."""
 
     is_static: ClassVar[bool] = True
+    heads_apart: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("keys",)
 
     def score(self, tokens: Tokens) -> torch.Tensor:

@@ -18,6 +18,7 @@ class KNorm(Evictor):
     """Keep the tokens with the shortest keys (Euclidean norm)."""
 
     is_static: ClassVar[bool] = True
+    heads_apart: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("keys",)
 
     def score(self, tokens: Tokens) -> torch.Tensor:

@@ -23,6 +23,7 @@ class KVzip(Evictor):
     """
 
     decides_once: ClassVar[bool] = True
+    heads_apart: ClassVar[bool] = True
     looks: ClassVar[Literal["repeat", "future"] | None] = "repeat"
     columns: ClassVar[tuple[str, ...]] = ("peak",)
 

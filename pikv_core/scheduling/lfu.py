@@ -27,6 +27,7 @@ class LFU(Evictor):
     """
 
     is_static: ClassVar[bool] = True
+    heads_apart: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ("num_uses",)
     without_queries: ClassVar[bool] = True
     tau: Annotated[float, Field(gt=0)] = 1.0

@@ -29,6 +29,7 @@ class LRU(Evictor):
 
     is_static: ClassVar[bool] = True
     waits_for_steps: ClassVar[bool] = True
+    heads_apart: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ("last_used",)
     without_queries: ClassVar[bool] = True
     tau: Annotated[float, Field(gt=0)] = 1.0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
 from pikv_core.scheduling import POLICIES
-from pikv_core.scheduling.base import Selector
+from pikv_core.scheduling.base import PageSelector
 
 if TYPE_CHECKING:
     import torch
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 @POLICIES.register("quest")
 @dataclass(frozen=True)
-class Quest(Selector):
+class Quest(PageSelector):
     """Score pages by channel-wise bounds of their keys, summed over a head's query group; at least 3 are read."""
 
+    heads_apart: ClassVar[bool] = True
     page_tokens: Annotated[int, Field(ge=8, multiple_of=8)] = 16
     dense_layers: Annotated[int, Field(ge=0)] = 2
 

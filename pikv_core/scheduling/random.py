@@ -20,13 +20,14 @@ class Random(Evictor):
     """Keep tokens by a hash of `seed`, layer, head and position, even over [0, 1): the same whenever it is asked."""
 
     is_static: ClassVar[bool] = True
+    heads_apart: ClassVar[bool] = True
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     def score(self, tokens: Tokens) -> torch.Tensor:
         import torch
 
         state = torch.full_like(tokens.head, self.seed ^ 0x9E3779B9, dtype=torch.int64)
-        state = _mix(_mix(_mix(state) ^ tokens.layer.index) ^ tokens.head)
+        state = _mix(_mix(_mix(state) ^ tokens.layer.index) ^ (tokens.layer.first_head + tokens.head))
         hashed = _mix(state[..., None] ^ tokens.position.clamp(min=0))
         return (hashed >> 8).float() / 2**24
 

@@ -26,6 +26,7 @@ class SnapKV(Evictor):
     """
 
     decides_once: ClassVar[bool] = True
+    heads_apart: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ("votes",)
     window: Annotated[int, Field(ge=1)] = 64
     kernel: Annotated[int, Field(ge=1)] = 5

@@ -18,6 +18,10 @@ class Window(Evictor):
     """Keep the newest tokens."""
 
     is_static: ClassVar[bool] = True
+    heads_apart: ClassVar[bool] = True
 
     def score(self, tokens: Tokens) -> torch.Tensor:
         return tokens.position.float()
+
+    def ends(self, capacity: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return capacity - capacity, capacity

@@ -6,8 +6,9 @@
 from pikv_core.schema.base import Recipe, Section, parse_bytes
 from pikv_core.schema.compress import CompressRecipe, MethodRecipe
 from pikv_core.schema.gen_data import GenDataRecipe
-from pikv_core.schema.generate import CacheRecipe, GenerateRecipe
+from pikv_core.schema.generate import CacheRecipe, GenerateRecipe, PrefixSettings
 from pikv_core.schema.simulate import AttentionReplayRecipe, SimulateRecipe
+from pikv_core.schema.tiers import TiersRecipe
 from pikv_core.schema.train import (
     DistillSettings,
     DuoGateSettings,
@@ -36,9 +37,11 @@ __all__ = [
     "LoRASettings",
     "MethodRecipe",
     "ModelRecipe",
+    "PrefixSettings",
     "Recipe",
     "Section",
     "SimulateRecipe",
+    "TiersRecipe",
     "TrainRecipe",
     "TrainSettings",
     "parse_bytes",

@@ -47,6 +47,13 @@ def _budget(value: Any) -> Any:
     return value
 
 
+def _bytes(value: Any) -> Any:
+    if not isinstance(value, str) or not parse_bytes(value):
+        raise PydanticCustomError("budget", "expected bytes such as '64MiB'")
+    return value
+
+
+Bytes = Annotated[str, BeforeValidator(_bytes)]
 Budget = Annotated[float | int | str, BeforeValidator(_budget)]
 PolicySpec = Annotated[Component, MemberOf("pikv_core.scheduling:POLICIES")]
 CodecSpec = Annotated[Component, MemberOf("pikv_core.compression:CODECS")]

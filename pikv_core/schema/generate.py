@@ -12,13 +12,16 @@ from pikv_core.schema.base import (
     AllocationSpec,
     Backend,
     Budget,
+    Bytes,
     CodecSpec,
     PolicySpec,
     Positive,
     Recipe,
+    RequestPolicySpec,
     Section,
     Share,
 )
+from pikv_core.schema.tiers import TiersRecipe
 
 
 class CacheRecipe(Section):
@@ -30,11 +33,18 @@ class CacheRecipe(Section):
     codec: CodecSpec = Component("none")
     calibration: list[str] = []  # folders that hold what calibrated codecs and policies need
     rerotate: bool = False  # read keys at the positions 0, 1, 2, ... of what is left, as StreamingLLM does
+    tiers: TiersRecipe | None = None  # where it lies; None is device memory, and for policy flexgen no limits
 
     @model_validator(mode="after")
     def _full_has_no_budget(self) -> CacheRecipe:
-        if self.policy.name == "full" and not (isinstance(self.budget, float) and self.budget == 1.0):
-            text = f"policy 'full' keeps every token, so a budget of {self.budget} means nothing; choose another policy"
+        from pikv_core.scheduling import POLICIES
+
+        whole = isinstance(self.budget, float) and self.budget == 1.0
+        if not whole and not POLICIES[self.policy.name].takes_budget:
+            text = (
+                f"policy '{self.policy.name}' keeps every token, so a budget of {self.budget} means nothing; choose "
+                "another policy"
+            )
             raise PydanticCustomError("sizes", "{text}", {"text": text})
         return self
 
@@ -48,12 +58,24 @@ class RecordSettings(Section):
     vectors: bool = True  # keys and queries, for the policies that go by them
 
 
+class PrefixSettings(Section):
+    """How a new prefix store is kept; one that is there keeps its own, and refuses others."""
+
+    bytes: Bytes = "1GiB"  # of all blocks
+    policy: RequestPolicySpec = Component("lru")  # which blocks stay; any of simulate-cache's that knows no future
+    block_tokens: Positive = 64  # a multiple of the codec's unit; a prompt's last, broken block is not stored
+    touch: Literal["reverse", "forward"] = (
+        "reverse"  # last block of a prompt first: its end leaves before its beginning
+    )
+
+
 class GenerateRecipe(Recipe):
     verb: Literal["generate"] = "generate"
     model: str
     cache: CacheRecipe = CacheRecipe()
     backend: Backend = "auto"
     graph: bool = False  # record a step at full budget as a CUDA graph, and replay it
+    split: Literal["heads", "tokens"] | None = None  # how the ranks that torchrun starts share the cache
     prompt: str | None = None
     prompt_file: str | None = None
     prompts: str | None = None  # a jsonl file with a key `prompt` in every line
@@ -67,6 +89,8 @@ class GenerateRecipe(Recipe):
     save_state: str | None = None  # a folder or fsspec URL: the log of states that a later run goes on from
     save_every: Positive = 16  # tokens
     resume: str | None = None  # a folder or URL that save_state wrote; the prompt, if any, comes behind what is there
+    prefix_cache: str | None = None  # a folder that keeps blocks of prompts for later ones that begin alike
+    prefix: PrefixSettings = PrefixSettings()
     record_attention: str | None = None  # a file of safetensors, for `pikv simulate-cache`
     record: RecordSettings = RecordSettings()
 
@@ -80,6 +104,33 @@ class GenerateRecipe(Recipe):
             text = (
                 "resume takes neither record_attention nor prompt_file: a trace is of a whole run; give text as prompt"
             )
+            raise PydanticCustomError("sizes", "{text}", {"text": text})
+        return self
+
+    @model_validator(mode="after")
+    def _begins_with_a_prefix(self) -> GenerateRecipe:
+        if self.prefix_cache is None:
+            return self
+        refused = [
+            (self.batch_size > 1, "batch_size above 1: prompts are padded to one length, and a prefix begins at 0"),
+            (self.resume is not None, "resume: a state has its prompt with it"),
+            (self.record_attention is not None, "record_attention: what is stored is not attended from"),
+            (self.graph, "graph: steps are not replayed beside a store"),
+            (self.split is not None, "split: a block is of whole layers"),
+        ]
+        for is_asked, reason in refused:
+            if is_asked:
+                text = f"prefix_cache does not go with {reason}"
+                raise PydanticCustomError("sizes", "{text}", {"text": text})
+        return self
+
+    @model_validator(mode="after")
+    def _splits_what_it_can(self) -> GenerateRecipe:
+        if self.split is not None and (self.graph or self.record_attention is not None):
+            name, why = (
+                ("graph", "a graph replays one process") if self.graph else ("record_attention", "a trace is whole")
+            )
+            text = f"split does not go with {name}: {why}, and each rank has a part; leave out one of them"
             raise PydanticCustomError("sizes", "{text}", {"text": text})
         return self
 

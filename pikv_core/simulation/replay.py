@@ -70,7 +70,7 @@ def replay(
     state = policy.state(trace, capacity)
     resident = np.zeros(trace.num_blocks, np.uint8)
     counters = np.zeros(EXPIRED + 1, np.int64)
-    loop = _loop(policy, semantics, backend)
+    loop = loop_for(policy, semantics, backend)
     hits: NDArray[Any]
     if semantics == "prefix":
         hits = np.zeros(trace.num_requests, np.int64)
@@ -130,7 +130,8 @@ def single_accesses(trace: Trace) -> bool:
     return trace.ids.size == trace.num_requests and trace.longest_request_blocks == 1
 
 
-def _loop(policy: RequestPolicy, semantics: Semantics, backend: Backend) -> Callable[..., None]:
+def loop_for(policy: RequestPolicy, semantics: Semantics, backend: Backend) -> Callable[..., None]:
+    """Return the loop over requests with the policy's functions bound, compiled once or as it stands."""
     make = _prefix_loop if semantics == "prefix" else _object_loop
     if backend == "python":
         return make(policy.functions())

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from pikv_core.collectives import is_of_connection
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.files import replacing
 from pikv_core.moe.experts import Experts
@@ -221,7 +222,7 @@ class Team:
         try:
             yield
         except RuntimeError as error:
-            if self.count == 1 or not _is_of_connection(error):
+            if self.count == 1 or not is_of_connection(error):
                 raise
             raise PiKVError(
                 f"rank {self.rank}: another rank is lost, and the run ends", hint=f"{hint}, on any number of ranks"
@@ -262,9 +263,3 @@ def _part(value: Any, rank: int, count: int) -> Any:
         fields = [item.name for item in dataclasses.fields(value)]
         return dataclasses.replace(value, **{name: _part(getattr(value, name), rank, count) for name in fields})
     return value
-
-
-def _is_of_connection(error: RuntimeError) -> bool:
-    """Return whether an error is of the traffic between ranks, which gloo tells as a plain RuntimeError."""
-    told = str(error).lower()
-    return isinstance(error, dist.DistError) or "gloo" in told or "connection" in told

@@ -55,7 +55,7 @@ from pikv_core.simulation.trace import make_trace
 load_plugin(sys.argv[1])
 policy = REQUEST_POLICIES["newest"]()
 found = replay.replay(make_trace([[0], [1], [2], [0], [1], [2]]), policy, 2)
-stats = replay._loop(policy, "prefix", "numba").stats
+stats = replay.loop_for(policy, "prefix", "numba").stats
 print(found.block_hits, sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
 """
 

@@ -34,6 +34,7 @@ class RequestPolicy(ABC):
     always_forward: its blocks are touched first to last, whatever was asked for. expires: blocks leave by themselves
     (`expire`). leaf_first: touched last to first, it never drops a block whose successor in a prompt it holds.
     knows_future: it is a bound, not a policy to run. unbounded: the capacity is ignored and nothing ever leaves.
+    refits: its state is worked out from the requests so far, so that served one by one it is made anew for each.
     forget: function (state, block) that takes a resident block out because another policy chose it; None where a
     policy cannot, which then has no place in a `switch`.
     """
@@ -44,6 +45,7 @@ class RequestPolicy(ABC):
     leaf_first: ClassVar[bool] = False
     knows_future: ClassVar[bool] = False
     unbounded: ClassVar[bool] = False
+    refits: ClassVar[bool] = False
     forget: ClassVar[Any] = None
 
     @abstractmethod

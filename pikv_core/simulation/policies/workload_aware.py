@@ -13,7 +13,7 @@ every `refit_s` to all uses before, of blocks held or not, beginning with one bl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numba.extending import register_jitable
@@ -31,6 +31,7 @@ MS_PER_S = 1000.0
 @REQUEST_POLICIES.register("workload-aware")
 @dataclass(frozen=True)
 class WorkloadAware(RequestPolicy):
+    refits: ClassVar[bool] = True
     life_s: Annotated[float, Field(gt=0)] = 300.0
     refit_s: Annotated[float, Field(gt=0)] = 60.0
 

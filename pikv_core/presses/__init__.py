@@ -32,8 +32,8 @@ def unfit(policy: Any) -> str | None:
     """Return why a policy's class cannot be a press, None where it can."""
     if not issubclass(policy, Evictor):
         return "drops no tokens"
-    if policy.calibrated:
-        return "needs a calibration"
+    if policy.calibrated and policy.capacity is not Evictor.capacity:
+        return "spreads its budget over heads, and kvpress keeps as many tokens of each"
     if policy.looks is not None:
         return "has to be shown more than the prompt, and a press sees each prompt once"
     if policy.waits_for_steps:

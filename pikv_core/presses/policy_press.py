@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, ClassVar
@@ -17,10 +17,11 @@ from kvpress import ScorerPress
 from kvpress.utils import compute_n_kept
 
 from pikv_core import recipes
+from pikv_core.cache import calibration
 from pikv_core.cache.rotary import Rotary, is_rotary_attention
 from pikv_core.cache.store import EMPTY
 from pikv_core.cache.support import windows
-from pikv_core.components import build
+from pikv_core.components import Component, build
 from pikv_core.errors import UsageError
 from pikv_core.observation import LayerRun
 from pikv_core.presses import press_name
@@ -32,6 +33,7 @@ from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.base import Evictor
 from pikv_core.schema import CacheRecipe
 
+CALIBRATION = "calibration"  # the field of policies that have learnt something
 OTHER_WAY = "enter the press itself, `with press(model): ...`, or use PiKVCache"
 
 
@@ -45,7 +47,7 @@ class PolicyPress(ScorerPress):
 
     positions: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     policy: ClassVar[str]
-    options: ClassVar[tuple[str, ...]]
+    options: ClassVar[Mapping[str, Any]]  # of the policy, and their defaults
 
     def __post_init__(self) -> None:
         if not 0 <= self.compression_ratio < 1:
@@ -53,20 +55,33 @@ class PolicyPress(ScorerPress):
                 f"{type(self).__name__}: compression_ratio: expected a share in [0, 1), got {self.compression_ratio}",
                 hint="it is the share of a prompt that goes; 0.75 keeps a quarter",
             )
-        self._built: tuple[dict[str, Any], Evictor] | None = None
+        self._built: tuple[Component, Evictor] | None = None
+        self._learnt: tuple[Component, Mapping[str, torch.Tensor]] | None = None
         self._newest_layer, self._shared = -1, dict[str, Any]()
         self._stats: dict[int, LayerStats] = {}
         self._is_entered = False
         assert self._evictor  # fields are wrong here or nowhere
 
     @property
-    def _evictor(self) -> Evictor:
-        """The policy of the fields as they are now; raises RecipeError where it does not take them."""
+    def _component(self) -> Component:
+        """The policy by the fields as they are now; raises RecipeError where it does not take them."""
         options = {name: getattr(self, name) for name in self.options}
-        if self._built is None or self._built[0] != options:
-            recipe = recipes.validate(CacheRecipe, {"policy": {"name": self.policy, **options}}, type(self).__name__)
-            self._built = (options, build(POLICIES, recipe.policy))
+        asked = {name: value for name, value in options.items() if value != self.options[name]}
+        return recipes.validate(CacheRecipe, {"policy": {"name": self.policy, **asked}}, type(self).__name__).policy
+
+    @property
+    def _evictor(self) -> Evictor:
+        component = self._component if self._learnt is None else self._learnt[0]
+        if self._built is None or self._built[0] != component:
+            self._built = (component, build(POLICIES, component))
         return self._built[1]
+
+    def post_init_from_model(self, model: Any) -> None:
+        """Take what the policy has learnt of a model, where it needs that; raises UsageError for another model's."""
+        if POLICIES[self.policy].calibrated:
+            folders = [*getattr(self, CALIBRATION)]
+            self._learnt = calibration.fitted(folders, "policy", self._component, model.config)
+            calibration.check_model(folders, model)
 
     @contextmanager
     def __call__(self, model: Any) -> Generator[None, None, None]:
@@ -161,7 +176,10 @@ class PolicyPress(ScorerPress):
         if module.layer_idx <= self._newest_layer:
             self._shared = {}
         self._newest_layer, num_layers = module.layer_idx, module.config.num_hidden_layers
-        run = LayerRun(module.layer_idx, num_layers, G, _rotary(module), shared=self._shared)
+        if POLICIES[self.policy].calibrated and self._learnt is None:
+            raise UsageError(f"policy '{self.policy}' was not told which model it is on", OTHER_WAY)
+        fitted = {} if self._learnt is None else self._learnt[1]
+        run = LayerRun(module.layer_idx, num_layers, G, _rotary(module), fitted=fitted, shared=self._shared)
         mean = torch.full((B,), compute_n_kept(T, self.compression_ratio))
         own = self._evictor.capacity(mean, prompt.num_tokens, run)
         capacity = (mean[:, None] if own is None else own).clamp(min=1).minimum(prompt.num_tokens[:, None])
@@ -217,13 +235,21 @@ class PolicyPress(ScorerPress):
 @functools.cache
 def make_press(policy: type[Evictor]) -> type[PolicyPress]:
     """Return the press of a policy's class: a dataclass with the policy's fields."""
-    options: list[Any] = []
+    fields: list[Any] = []
+    options: dict[str, Any] = {}
     for one in dataclasses.fields(policy):  # type: ignore[arg-type]
-        options.append((one.name, one.type, field(default=one.default, default_factory=one.default_factory)))
+        is_made = one.default_factory is not dataclasses.MISSING
+        default = one.default_factory() if is_made else one.default
+        is_free = default is not dataclasses.MISSING
+        own = {"default_factory": one.default_factory} if is_made else {"default": default if is_free else None}
+        fields.append((one.name, one.type, field(**own)))
+        options[one.name] = default
     doc = f"{policy.__doc__}\n\n    compression_ratio: share of each prompt that goes."
-    names = tuple(one[0] for one in options)
-    namespace = {"policy": policy.name, "options": names, "__doc__": doc, "__module__": "pikv_core.presses"}
-    return make_dataclass(press_name(policy), options, bases=(PolicyPress,), namespace=namespace)
+    if policy.calibrated:
+        fields.append((CALIBRATION, "Sequence[str]", field(default=())))
+        doc += f" {CALIBRATION}: folders that hold what the policy has learnt of the model."
+    namespace = {"policy": policy.name, "options": options, "__doc__": doc, "__module__": "pikv_core.presses"}
+    return make_dataclass(press_name(policy), fields, bases=(PolicyPress,), namespace=namespace)
 
 
 def _rotary(module: Any) -> Rotary | None:

@@ -2,14 +2,17 @@
 
 import copy
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
 import transformers
+from small_calibration import write
 from small_models import CONFIGS, SMALL
 
 from pikv_core import presses
 from pikv_core.cache import PiKVCache
+from pikv_core.cache.calibration import Member
 from pikv_core.errors import UsageError
 from pikv_core.observation import ALL
 from pikv_core.scheduling import POLICIES
@@ -17,7 +20,7 @@ from pikv_core.scheduling.base import Evictor
 
 pytestmark = pytest.mark.kvpress
 
-SERVED = [name for name in POLICIES.names() if presses.unfit(POLICIES[name]) is None]
+SERVED = [name for name in POLICIES.names() if presses.unfit(POLICIES[name]) is None and not POLICIES[name].calibrated]
 OPTIONS = {"fastv": {"first_layer": 1}}
 LENGTH = 90
 
@@ -205,7 +208,7 @@ def test_our_cache_and_kvpress_live_in_one_process(stock):
     assert not torch.equal(entry, expected)
 
 
-@pytest.mark.parametrize("name", [name for name in POLICIES.names() if name not in SERVED])
+@pytest.mark.parametrize("name", [name for name in POLICIES.names() if presses.unfit(POLICIES[name])])
 def test_what_a_press_cannot_do_is_refused_by_name(name):
     with pytest.raises(UsageError, match=f"policy '{name}' has no press: it ") as error:
         presses.press_for(name)
@@ -258,8 +261,6 @@ def test_a_policy_of_ones_own_has_a_press(stock):
         def score(self, tokens):
             return tokens.columns["peak"]
 
-    from dataclasses import dataclass
-
     POLICIES.register("peak-of-a-test")(dataclass(frozen=True)(Peak))
     try:
         model, press = stock("llama"), presses.PeakPress(compression_ratio=0.5)
@@ -309,3 +310,39 @@ def test_beams_of_a_padded_batch_are_those_of_its_rows_alone(stock):
     for row, length in enumerate((LENGTH, 60)):
         with press_of("snapkv", 1 - 36.5 / length)(model):
             assert torch.equal(model.generate(ids[row : row + 1, -length:], **settings)[0, length:], together[row])
+
+
+def test_what_a_policy_has_learnt_is_of_its_model(stock, tmp_path):
+    @dataclass(frozen=True)
+    class Liked(Evictor):
+        calibrated = True
+        decides_once = True
+        power: int = 1
+
+        def score(self, tokens):
+            liked = tokens.layer.fitted["direction"][tokens.layer.index]
+            return (tokens.keys() @ liked) ** self.power
+
+    POLICIES.register("liked-of-a-test")(Liked)
+    try:
+        model = stock("llama")
+        direction = torch.randn(3, 16, generator=torch.Generator().manual_seed(4))
+        member = Member("liked-of-a-test", "policy", {"power": 3}, {"direction": direction})
+        folder = write(model, tmp_path / "learnt", [member])
+        press = presses.LikedPress(compression_ratio=0.5, calibration=[folder])
+        pressed(model, press, prompt())
+        cache = PiKVCache.for_model(model, {"policy": "liked-of-a-test", "budget": 45, "calibration": [folder]})
+        with torch.no_grad():
+            model(prompt(), past_key_values=cache)
+        model.set_attn_implementation("sdpa")
+        for layer, position in press.positions.items():
+            assert torch.equal(position, cache.retrieve(layer)[2].sort(dim=-1).values)
+        for wrong, why, other in (
+            ({}, "none is given", model),
+            ({"calibration": [folder], "power": 2}, "was fitted with power 3, not 2", model),
+            ({"calibration": [folder]}, "this model has other weights", stock("qwen2")),
+        ):
+            with pytest.raises(UsageError, match=why):
+                pressed(other, presses.LikedPress(0.5, **wrong), prompt())
+    finally:
+        del POLICIES._classes["liked-of-a-test"]

@@ -238,10 +238,10 @@ def make_press(policy: type[Evictor]) -> type[PolicyPress]:
     fields: list[Any] = []
     options: dict[str, Any] = {}
     for one in dataclasses.fields(policy):  # type: ignore[arg-type]
-        is_made = one.default_factory is not dataclasses.MISSING
-        default = one.default_factory() if is_made else one.default
-        is_free = default is not dataclasses.MISSING
-        own = {"default_factory": one.default_factory} if is_made else {"default": default if is_free else None}
+        default: Any = one.default
+        own: dict[str, Any] = {"default": None if default is dataclasses.MISSING else default}
+        if one.default_factory is not dataclasses.MISSING:
+            default, own = one.default_factory(), {"default_factory": one.default_factory}
         fields.append((one.name, one.type, field(**own)))
         options[one.name] = default
     doc = f"{policy.__doc__}\n\n    compression_ratio: share of each prompt that goes."

@@ -50,8 +50,8 @@ class Measured:
 class PrefixReport:
     """What a run had from a store; hits, accesses and ratios in the words of `simulate-cache`, of this run's requests.
 
-    lost_blocks: leading blocks that the policy held and whose files were missing or damaged; they are no hits here, and
-    are in a replay of the log. reused_tokens: those that were not computed; a prompt's last ones always are. evictions,
+    lost_blocks: those that would have been hits, had the file of the first of them not been missing or damaged; in a
+    replay of the log they are. reused_tokens: those that were not computed; a prompt's last ones always are. evictions,
     expirations, resident and log bytes: of the store, as it is now.
     """
 
@@ -103,7 +103,10 @@ class PrefixStore:
         clock: Callable[[], float] = time.time,
     ):
         self.path, self._say, self._clock = Path(folder), say, clock
-        self._blocks = make_folder(self.path / BLOCKS)
+        try:
+            self._blocks = make_folder(self.path / BLOCKS)
+        except PiKVError as error:
+            raise PiKVError(error.message, hint="give another folder with --prefix-cache") from error
         self._lock = _locked(self.path)
         try:
             self._open(settings, identity, measure)
@@ -121,23 +124,16 @@ class PrefixStore:
         else:
             kept = settings.model_dump(mode="json")
             about = {"format": FORMAT, "identity": identity, "settings": kept, "measured": vars(measure())}
-            data = json.dumps(about).encode()
-            _write(file, hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
         self.measured = Measured(**about["measured"])
         self.settings = PrefixSettings.model_validate(about["settings"])
-        budget = parse_bytes(self.settings.bytes)
-        assert budget is not None
-        capacity = budget // self.measured.block_bytes
-        if capacity < 1:
-            raise PiKVError(
-                f"a prefix store of {self.settings.bytes} holds no block: one is {self.measured.block_bytes:,} bytes",
-                hint="raise --prefix-bytes, or lower prefix.block_tokens",
-            )
-        self._root = json.dumps(identity, sort_keys=True)
-        self._log = RequestLog(self.path, self.settings.block_tokens)
         self.policy = build(REQUEST_POLICIES, self.settings.policy)
         check_block_policy(self.policy)
-        self._capacity = capacity
+        self._capacity = _capacity(self.settings, self.measured)
+        self._root = json.dumps(identity, sort_keys=True)
+        if not file.exists():
+            data = json.dumps(about).encode()
+            _write(file, hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
+        self._log = RequestLog(self.path, self.settings.block_tokens)
         self._replay = self._replayed()
         self._first = self._replay.num_requests
         self._lost = self._hits = self._hit_tokens = self._reused = 0
@@ -259,6 +255,18 @@ class PrefixStore:
             if name not in names:
                 with contextlib.suppress(OSError):
                     os.remove(self._blocks / name)
+
+
+def _capacity(settings: PrefixSettings, measured: Measured) -> int:
+    """Return how many blocks the budget is for; raise PiKVError where it is for none."""
+    budget = parse_bytes(settings.bytes)
+    assert budget is not None
+    if budget < measured.block_bytes:
+        raise PiKVError(
+            f"a prefix store of {settings.bytes} holds no block: one is {measured.block_bytes:,} bytes",
+            hint="raise --prefix-bytes, or lower prefix.block_tokens",
+        )
+    return budget // measured.block_bytes
 
 
 def _id(key: str) -> int:

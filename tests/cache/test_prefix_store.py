@@ -159,6 +159,8 @@ def test_bounds_are_no_policies_of_a_store(tmp_path, name, why):
 def test_a_budget_that_holds_no_block_is_refused(tmp_path):
     with pytest.raises(PiKVError, match=f"one is {BLOCK_BYTES:,} bytes"):
         open_store(tmp_path, bytes=f"{BLOCK_BYTES - 1}B")
+    with open_store(tmp_path, bytes=f"{2 * BLOCK_BYTES - 1}B") as store:
+        assert store.report().capacity_blocks == 1
 
 
 def blocks_of(folder):

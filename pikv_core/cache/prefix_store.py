@@ -138,8 +138,11 @@ class PrefixStore:
         self._first = self._replay.num_requests
         self._lost = self._hits = self._hit_tokens = self._reused = 0
         self._load_s = self._save_s = 0.0
-        self._on_disk = {_id(name[:64]): name[:64] for name in os.listdir(self._blocks) if BLOCK.fullmatch(name)}
+        names = os.listdir(self._blocks)
+        self._on_disk = {_id(name[:64]): name[:64] for name in names if BLOCK.fullmatch(name)}
         self._remove_others()
+        for name in {*names} - {self._file(key).name for key in self._on_disk.values()}:
+            _remove(self._blocks / name)
         if missing := len(self._replay.residents() - self._on_disk.keys()):
             self._say(f"prefix store: {missing} of the blocks that {self.path} should hold are missing")
 
@@ -247,14 +250,9 @@ class PrefixStore:
         return self._blocks / f"{key}.safetensors"
 
     def _remove_others(self) -> None:
-        """Remove what the policy does not hold, and what was never finished."""
-        held = self._replay.residents()
-        self._on_disk = {block: key for block, key in self._on_disk.items() if block in held}
-        names = {f"{key}.safetensors" for key in self._on_disk.values()}
-        for name in os.listdir(self._blocks):
-            if name not in names:
-                with contextlib.suppress(OSError):
-                    os.remove(self._blocks / name)
+        """Remove what the policy does not hold."""
+        for block in self._on_disk.keys() - self._replay.residents():
+            _remove(self._file(self._on_disk.pop(block)))
 
 
 def _capacity(settings: PrefixSettings, measured: Measured) -> int:
@@ -272,6 +270,11 @@ def _capacity(settings: PrefixSettings, measured: Measured) -> int:
 def _id(key: str) -> int:
     """Return what the log calls a block: 63 bits of its hash."""
     return int(key[:16], 16) >> 1
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.remove(path)
 
 
 def _write(path: Path, data: bytes) -> None:

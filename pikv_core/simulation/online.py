@@ -52,6 +52,7 @@ class OnlineReplay:
             )
         self.policy, self.capacity_blocks, self.block_tokens = policy, capacity_blocks, block_tokens
         self.touch = touch_order(policy, "prefix", touch)
+        self._loop = loop_for(policy, "prefix", "python")
         self._refits = any(part.refits for part in policy.parts())
         self._blocks: list[int] = []  # ids in order of first sight
         self._numbers: dict[int, int] = {}  # their places there
@@ -189,7 +190,7 @@ class OnlineReplay:
         """Serve what was taken, from request `first` on."""
         last = self.num_requests
         is_long = self._starts[last] - self._starts[first] > PYTHON_ACCESSES
-        loop = loop_for(self.policy, "prefix", "numba" if is_long else "python")
+        loop = loop_for(self.policy, "prefix", "numba") if is_long else self._loop
         among = (self._ids.view(np.uint32), self._starts, first, last)
         loop(*among, self._state, self._resident, self._capacity, self.touch == "reverse", self._counters, self._hits)
 

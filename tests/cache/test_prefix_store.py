@@ -9,7 +9,7 @@ import pytest
 import torch
 from plain_replay import random_requests
 
-from pikv_core.cache import prefix_store
+from pikv_core.cache.prefix_blocks import pack
 from pikv_core.cache.prefix_store import Measured, PrefixStore
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.schema import PrefixSettings
@@ -23,7 +23,7 @@ from pikv_core.simulation.trace import make_trace
 
 BLOCK_TOKENS = 4
 IDENTITY = {"weights": "a", "config": "b", "dtype": "float32", "codec": "none", "calibration": []}
-BLOCK_BYTES = len(prefix_store.pack({"0.keys": torch.zeros(1, 2, BLOCK_TOKENS, 3)}, "0" * 64))
+BLOCK_BYTES = len(pack({"0.keys": torch.zeros(1, 2, BLOCK_TOKENS, 3)}, "0" * 64))
 NAMES = [
     name
     for name in REQUEST_POLICIES.names()

@@ -21,7 +21,6 @@ from pikv_core.simulation.policies.base import RequestPolicy
 
 # Of a model's config, what says nothing of its keys and values.
 APART = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # rotations that go by the length of the whole prompt
 
 
@@ -82,11 +81,12 @@ def identity(model: nn.Module, recipe: CacheRecipe) -> dict[str, Any]:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return a digest of every weight: its name, its shape, and sums of its bits, all and every other one."""
+    """Return a digest of every weight: its name, its shape, and sums of its bytes, eight at once."""
     digest = hashlib.sha256()
     for name, x in sorted(model.state_dict().items()):
-        bits = x.detach().contiguous().view(-1).view(BITS[x.element_size()])
-        sums = [part.sum(dtype=torch.int64).item() for part in (bits, bits[::2], bits[::3])]
+        parts = x.detach().contiguous().view(-1).view(torch.uint8)
+        parts = parts if len(parts) % 8 else parts.view(torch.int64)
+        sums = [part.sum(dtype=torch.int64).item() for part in (parts, parts[::3])]
         digest.update(json.dumps([name, list(x.shape), sums]).encode())
     return digest.hexdigest()
 

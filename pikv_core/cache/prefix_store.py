@@ -8,13 +8,9 @@ has a store.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import json
 import os
 import re
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,19 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from pikv_core.cache.prefix_blocks import Block, Damaged, chain, pack, unpack
+from pikv_core.cache.prefix_folder import check_same, locked, read_manifest, remove, write, write_manifest
 from pikv_core.cache.prefix_identity import check_block_policy
 from pikv_core.cache.prefix_log import RequestLog
 from pikv_core.components import build
-from pikv_core.errors import PiKVError, UsageError
+from pikv_core.errors import PiKVError
 from pikv_core.files import make_folder
 from pikv_core.schema import PrefixSettings, parse_bytes
 from pikv_core.simulation.online import OnlineReplay, Request
 from pikv_core.simulation.policies import REQUEST_POLICIES
 
-FORMAT = "pikv-prefix-1"
-MANIFEST, LOCK, BLOCKS = "manifest.json", ".lock", "blocks"
+MANIFEST, BLOCKS = "manifest.json", "blocks"
 BLOCK = re.compile(r"[0-9a-f]{64}\.safetensors")
-ANEW = "give another folder, or remove this one: it fills anew"
 
 
 @dataclass(frozen=True)
@@ -50,8 +45,8 @@ class Measured:
 class PrefixReport:
     """What a run had from a store; hits, accesses and ratios in the words of `simulate-cache`, of this run's requests.
 
-    lost_blocks: leading blocks that the policy held and whose files were missing or damaged; they are no hits here, and
-    are in a replay of the log. reused_tokens: those that were not computed; a prompt's last ones always are. evictions,
+    lost_blocks: those that would have been hits, had the file of the first of them not been missing or damaged; in a
+    replay of the log they are. reused_tokens: those that were not computed; a prompt's last ones always are. evictions,
     expirations, resident and log bytes: of the store, as it is now.
     """
 
@@ -103,8 +98,11 @@ class PrefixStore:
         clock: Callable[[], float] = time.time,
     ):
         self.path, self._say, self._clock = Path(folder), say, clock
-        self._blocks = make_folder(self.path / BLOCKS)
-        self._lock = _locked(self.path)
+        try:
+            self._blocks = make_folder(self.path / BLOCKS)
+        except PiKVError as error:
+            raise PiKVError(error.message, hint="give another folder with --prefix-cache") from error
+        self._lock = locked(self.path)
         try:
             self._open(settings, identity, measure)
         except BaseException:
@@ -114,36 +112,31 @@ class PrefixStore:
     def _open(self, settings: PrefixSettings, identity: dict[str, Any], measure: Callable[[], Measured]) -> None:
         file = self.path / MANIFEST
         if file.exists():
-            about = _read_manifest(file)
-            _check_same(self.path, about, settings, identity)
+            about = read_manifest(file)
+            check_same(self.path, about, settings, identity)
         elif any(self.path.glob("*.jsonl")) or any(self._blocks.iterdir()):
-            raise PiKVError(f"{file}: missing, and the folder is not empty", hint=ANEW)
+            raise PiKVError(f"{file}: missing, and the folder is not empty", hint="give an empty folder or a new one")
         else:
             kept = settings.model_dump(mode="json")
-            about = {"format": FORMAT, "identity": identity, "settings": kept, "measured": vars(measure())}
-            data = json.dumps(about).encode()
-            _write(file, hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
+            about = {"identity": identity, "settings": kept, "measured": vars(measure())}
         self.measured = Measured(**about["measured"])
         self.settings = PrefixSettings.model_validate(about["settings"])
-        budget = parse_bytes(self.settings.bytes)
-        assert budget is not None
-        capacity = budget // self.measured.block_bytes
-        if capacity < 1:
-            raise PiKVError(
-                f"a prefix store of {self.settings.bytes} holds no block: one is {self.measured.block_bytes:,} bytes",
-                hint="raise --prefix-bytes, or lower prefix.block_tokens",
-            )
-        self._root = json.dumps(identity, sort_keys=True)
-        self._log = RequestLog(self.path, self.settings.block_tokens)
         self.policy = build(REQUEST_POLICIES, self.settings.policy)
         check_block_policy(self.policy)
-        self._capacity = capacity
+        self._capacity = _capacity(self.settings, self.measured)
+        self._root = json.dumps(identity, sort_keys=True)
+        if not file.exists():
+            write_manifest(file, about)
+        self._log = RequestLog(self.path, self.settings.block_tokens)
         self._replay = self._replayed()
         self._first = self._replay.num_requests
         self._lost = self._hits = self._hit_tokens = self._reused = 0
         self._load_s = self._save_s = 0.0
-        self._on_disk = {_id(name[:64]): name[:64] for name in os.listdir(self._blocks) if BLOCK.fullmatch(name)}
+        names = os.listdir(self._blocks)
+        self._on_disk = {_id(name[:64]): name[:64] for name in names if BLOCK.fullmatch(name)}
         self._remove_others()
+        for name in {*names} - {self._file(key).name for key in self._on_disk.values()}:
+            remove(self._blocks / name)
         if missing := len(self._replay.residents() - self._on_disk.keys()):
             self._say(f"prefix store: {missing} of the blocks that {self.path} should hold are missing")
 
@@ -193,7 +186,7 @@ class PrefixStore:
             if _id(key) in arrival.staying and _id(key) not in self._on_disk:
                 data = pack(take(place), key)
                 assert len(data) == self.measured.block_bytes
-                _write(self._file(key), data)
+                write(self._file(key), data)
                 self._on_disk[_id(key)] = key
         self._save_s += time.perf_counter() - started
 
@@ -251,75 +244,23 @@ class PrefixStore:
         return self._blocks / f"{key}.safetensors"
 
     def _remove_others(self) -> None:
-        """Remove what the policy does not hold, and what was never finished."""
-        held = self._replay.residents()
-        self._on_disk = {block: key for block, key in self._on_disk.items() if block in held}
-        names = {f"{key}.safetensors" for key in self._on_disk.values()}
-        for name in os.listdir(self._blocks):
-            if name not in names:
-                with contextlib.suppress(OSError):
-                    os.remove(self._blocks / name)
+        """Remove what the policy does not hold."""
+        for block in self._on_disk.keys() - self._replay.residents():
+            remove(self._file(self._on_disk.pop(block)))
+
+
+def _capacity(settings: PrefixSettings, measured: Measured) -> int:
+    """Return how many blocks the budget is for; raise PiKVError where it is for none."""
+    budget = parse_bytes(settings.bytes)
+    assert budget is not None
+    if budget < measured.block_bytes:
+        raise PiKVError(
+            f"a prefix store of {settings.bytes} holds no block: one is {measured.block_bytes:,} bytes",
+            hint="raise --prefix-bytes, or lower prefix.block_tokens",
+        )
+    return budget // measured.block_bytes
 
 
 def _id(key: str) -> int:
     """Return what the log calls a block: 63 bits of its hash."""
     return int(key[:16], 16) >> 1
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name and rename it."""
-    temporary = path.with_name(f".{secrets.token_hex(8)}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise PiKVError(
-            f"{path}: cannot be written: {error.strerror or error}", hint="what was stored before is intact"
-        ) from error
-
-
-def _read_manifest(file: Path) -> dict[str, Any]:
-    try:
-        check, _, data = file.read_bytes().partition(b"\n")
-    except OSError as error:
-        raise PiKVError(f"{file}: cannot be read: {error.strerror or error}", hint=ANEW) from error
-    if check != hashlib.sha256(data).hexdigest().encode():
-        raise PiKVError(f"{file}: damaged: its checksum differs", hint=ANEW)
-    about = json.loads(data)
-    if about.get("format") != FORMAT:
-        raise PiKVError(f"{file}: format '{about.get('format')}' is unknown, known: {FORMAT}", hint=ANEW)
-    return about
-
-
-def _check_same(path: Path, about: dict[str, Any], settings: PrefixSettings, identity: dict[str, Any]) -> None:
-    """Raise UsageError where a store is of another model, dtype or codec, or is kept by other settings than asked."""
-    for name, held in about["identity"].items():
-        if identity[name] != held:
-            what = "another model" if name in ("weights", "config") else f"another {name.replace('_', ' ')}"
-            told = "" if len(str(held)) > 40 else f": {held}"
-            raise UsageError(f"{path}: the prefix store is of {what}{told}", hint="give each its own folder")
-    asked = settings.model_dump(mode="json")
-    for name in settings.model_fields_set:
-        if asked[name] != about["settings"][name]:
-            raise UsageError(
-                f"{path}: the prefix store was made with {name} {about['settings'][name]}, not {asked[name]}",
-                hint="leave it out to take the store's own, or give another folder",
-            )
-
-
-def _locked(path: Path) -> int:
-    """Hold the store's lock, which a process leaves when it ends, however it ends."""
-    try:
-        lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise PiKVError(f"{path}: cannot be written: {error.strerror or error}", hint="give another folder") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise UsageError(
-            f"{path}: another run has this prefix store", hint="wait for it, or give another folder"
-        ) from error
-    return lock

@@ -52,8 +52,10 @@ class OnlineReplay:
             )
         self.policy, self.capacity_blocks, self.block_tokens = policy, capacity_blocks, block_tokens
         self.touch = touch_order(policy, "prefix", touch)
+        self._loop = loop_for(policy, "prefix", "python")
         self._refits = any(part.refits for part in policy.parts())
-        self._numbers: dict[int, int] = {}  # of each id, in order of first sight
+        self._blocks: list[int] = []  # ids in order of first sight
+        self._numbers: dict[int, int] = {}  # their places there
         self._ids, self._starts, self._times_ms = np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.float64)
         self._tokens, self._hits = np.zeros((2, 0), np.int64), np.zeros(0, np.int64)
         self._reserve(LEAST_ROOM)
@@ -78,8 +80,7 @@ class OnlineReplay:
 
     def residents(self) -> set[int]:
         """Return the ids of the blocks that are held now."""
-        held = self._resident[: len(self._numbers)] > 0
-        return {block for block, is_held in zip(self._numbers, held.tolist()) if is_held}
+        return {self._blocks[number] for number in np.flatnonzero(self._resident)}
 
     def row(self, since: int = 0) -> HitRow:
         """Return the row that `simulate-cache` prints of these requests; hits and accesses of those from `since` on."""
@@ -110,7 +111,11 @@ class OnlineReplay:
         begin, end = int(self._starts[R]), int(self._starts[R]) + len(request.ids)
         if end > self._ids.size:
             self._ids = _longer(self._ids, 2 * end)
-        self._ids[begin:end] = [self._numbers.setdefault(block, len(self._numbers)) for block in request.ids]
+        for place, block in enumerate(request.ids, begin):
+            if block not in self._numbers:
+                self._numbers[block] = len(self._blocks)
+                self._blocks.append(block)
+            self._ids[place] = self._numbers[block]
         self._starts[R + 1], self._times_ms[R] = end, time_ms
         self._tokens[:, R] = request.input_tokens, request.output_tokens
         self._longest = max(self._longest, len(request.ids))
@@ -185,7 +190,7 @@ class OnlineReplay:
         """Serve what was taken, from request `first` on."""
         last = self.num_requests
         is_long = self._starts[last] - self._starts[first] > PYTHON_ACCESSES
-        loop = loop_for(self.policy, "prefix", "numba" if is_long else "python")
+        loop = loop_for(self.policy, "prefix", "numba") if is_long else self._loop
         among = (self._ids.view(np.uint32), self._starts, first, last)
         loop(*among, self._state, self._resident, self._capacity, self.touch == "reverse", self._counters, self._hits)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from plain_replay import random_requests
 
-from pikv_core.cache import prefix_store
+from pikv_core.cache.prefix_blocks import pack
 from pikv_core.cache.prefix_store import Measured, PrefixStore
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.schema import PrefixSettings
@@ -23,7 +23,7 @@ from pikv_core.simulation.trace import make_trace
 
 BLOCK_TOKENS = 4
 IDENTITY = {"weights": "a", "config": "b", "dtype": "float32", "codec": "none", "calibration": []}
-BLOCK_BYTES = len(prefix_store.pack({"0.keys": torch.zeros(1, 2, BLOCK_TOKENS, 3)}, "0" * 64))
+BLOCK_BYTES = len(pack({"0.keys": torch.zeros(1, 2, BLOCK_TOKENS, 3)}, "0" * 64))
 NAMES = [
     name
     for name in REQUEST_POLICIES.names()
@@ -159,6 +159,8 @@ def test_bounds_are_no_policies_of_a_store(tmp_path, name, why):
 def test_a_budget_that_holds_no_block_is_refused(tmp_path):
     with pytest.raises(PiKVError, match=f"one is {BLOCK_BYTES:,} bytes"):
         open_store(tmp_path, bytes=f"{BLOCK_BYTES - 1}B")
+    with open_store(tmp_path, bytes=f"{2 * BLOCK_BYTES - 1}B") as store:
+        assert store.report().capacity_blocks == 1
 
 
 def blocks_of(folder):

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import small_calibration
 import torch
 import transformers
 
@@ -193,3 +194,35 @@ def test_one_changed_weight_is_another_model(small_model, tmp_path):
         store_of(model, tmp_path, {"codec": {"name": "int8", "group": 8}})
     with pytest.raises(UsageError, match="another"):
         store_of(copy.deepcopy(model).to(torch.bfloat16), tmp_path, {})
+
+
+@pytest.mark.slow
+def test_what_is_fitted_to_a_model_goes_along(small_model, tmp_path):
+    model = small_model("llama")
+    fitted = small_calibration.write(
+        model, tmp_path / "fitted", [small_calibration.gates(model), *small_calibration.codecs(model)]
+    )
+    first, second, _ = prompts()
+    duo = {"policy": {"name": "duo-attention", "sinks": 4, "recent": 8}, "budget": 0.5, "calibration": [fitted]}
+    with store_of(model, tmp_path / "duo", duo) as store:
+        generate(model, duo, first, store)
+        expected, logits, _, _ = generate(model, duo, second)
+        tokens, ours, _, hits = generate(model, duo, second, store)
+    assert hits == 5
+    assert tokens.tolist() == expected.tolist()
+    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5 * max(1.0, logits.abs().max().item()))
+    for codec in ("svd", "lora", "lora-int8", "auto"):
+        recipe = {"codec": codec, "calibration": [fitted]}
+        with store_of(model, tmp_path / codec, recipe, block_tokens=64) as store:
+            generate(model, recipe, first, store)
+            once, again = (generate(model, recipe, first, store) for _ in range(2))
+        assert once[3] == again[3] == 1
+        assert torch.equal(once[1], again[1])
+
+
+def test_gates_that_change_the_prompt_are_refused(small_model, tmp_path):
+    model = small_model("llama")
+    fitted = small_calibration.write(model, tmp_path / "fitted", [small_calibration.gates(model)])
+    duo = {"policy": {"name": "duo-attention", "streaming_prefill": True}, "budget": 0.5, "calibration": [fitted]}
+    with pytest.raises(UsageError, match="changes what a prompt computes"):
+        least_fed(PiKVCache.for_model(model, duo), model.config)

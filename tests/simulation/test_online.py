@@ -23,7 +23,7 @@ CAPACITIES = (1, 2, 3, 5, 8, 13, 30, 1000)
 def member(name, **options):
     made = REQUEST_POLICIES[name]
     listed = getattr(made, "listed", None)
-    return made(**{listed: ("lru", "workload-aware"), **options}) if listed else made(**options)
+    return made(**{listed: ("lru", "lfu"), **options}) if listed else made(**options)
 
 
 def of_requests(requests, times_ms, block_tokens=16):
@@ -57,7 +57,7 @@ def times_of(requests, seed):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hits_are_those_of_a_replay(name, monkeypatch):
-    for seed in range(16):
+    for seed in range(12):
         monkeypatch.setattr(online, "LEAST_ROOM", (1, 3, 64)[seed % 3])
         requests = random_requests(seed)
         capacity, touch = CAPACITIES[seed // 2 % 8], ("forward", "reverse")[seed % 5 > 1]
@@ -86,7 +86,8 @@ def test_a_long_log_is_taken_up_by_the_compiled_loop(name, monkeypatch):
 
 def test_options_of_policies_are_theirs():
     requests = random_requests(3)
-    for policy in (member("ttl", ttl_s=1.0, since="insertion"), member("gdsf", attention_tokens=64.0)):
+    mixed = member("switch", policies=("lru", "workload-aware"))
+    for policy in (mixed, member("ttl", ttl_s=1.0, since="insertion"), member("gdsf", attention_tokens=64.0)):
         assert_equal(policy, requests, times_of(requests, 1), 8, "reverse")
 
 

@@ -16,6 +16,7 @@ DOCUMENTS = [
     "docs/methods.md",
     "docs/simulation.md",
     "docs/state.md",
+    "docs/tiers.md",
     "docs/training.md",
 ]
 

@@ -17,6 +17,7 @@ DOCUMENTS = [
     "docs/prefix-store.md",
     "docs/simulation.md",
     "docs/state.md",
+    "docs/tiers.md",
     "docs/training.md",
 ]
 

@@ -79,6 +79,7 @@ class Tiers:
         self.slow: list[Tier] = []
         self.attending: int | None = None  # the layer that is at its step, whose pages may still change
         self.reads_whole = True  # a layer in one piece, its newest tokens too
+        self.has_buffers = False  # of the right size
         self.is_decoding = False
         self.peak_bytes = self.peak_decoding_bytes = 0  # of the device
         self._device_bytes: dict[int, int] = {}
@@ -187,7 +188,13 @@ class Tiers:
             self.transfers.resize(2, limit // 2)
         else:
             self.transfers.resize(NUM_BUFFERS, limit // NUM_BUFFERS)
-        self.reads_whole = len(self.transfers.buffers) == 2
+        self.reads_whole, self.has_buffers = len(self.transfers.buffers) == 2, True
+
+    def begin(self, layer: int) -> None:
+        """Take note that a layer reads its pages."""
+        self.attending = layer
+        if not self.has_buffers:
+            self._make_buffers()
 
     def settled(self, layer: int) -> None:
         """Take note that a layer's step is over, and fetch what the next ones read."""

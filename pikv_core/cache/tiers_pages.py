@@ -42,10 +42,6 @@ class Layout:
             start += _rounded(own)
         return views
 
-    def holds(self, encoded: Mapping[str, torch.Tensor]) -> bool:
-        """Tell whether these tensors [B,G,U,...] are laid out so."""
-        return Layout.of(encoded) == self
-
 
 class Extent:
     """Memory of a tier for up to `room` pages of a store, filled from the front."""

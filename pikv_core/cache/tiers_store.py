@@ -160,8 +160,11 @@ class TieredStore(Store):
     ) -> torch.Tensor:
         if pages is not None:
             return self.attend_pages(query, visible, pages, page_tokens, scale, None).output
-        if self.slow.num_pages and not self.tiers.reads_whole:
-            return self.attend(query, visible, scale, None, False).output
+        self._reads_pages = False
+        if self.slow.num_pages:
+            self.tiers.begin(self.layer)
+            if not self.tiers.reads_whole:
+                return self.attend(query, visible, scale, None, False).output
         (output,) = [part.attend_alone(query, visible, None, 0, scale) for part in self._parts()]
         return output
 
@@ -215,6 +218,7 @@ class TieredStore(Store):
 
     def select_rows(self, rows: torch.Tensor) -> None:
         self.tiers.transfers.forget()
+        self.tiers.has_buffers = False
         super().select_rows(rows)
         self.slow.select_rows(rows.cpu())
         self._cache = PageCache(self.page_tokens)
@@ -247,7 +251,7 @@ class TieredStore(Store):
             yield self.whole()
             return
         assert self.slow.layout is not None
-        self.tiers.attending = self.layer
+        self.tiers.begin(self.layer)
         is_whole = self.tiers.reads_whole
         for piece in self.pieces():
             with self.tiers.transfers.reading(piece) as buffer:

@@ -148,9 +148,6 @@ class Transfers:
         self._untold.clear()
         return self.totals
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        raise TypeError("transfers have a thread: whoever owns them makes new ones")
-
     def _note_free(self, buffer: int) -> None:
         """Remember after what a GPU may write to a buffer."""
         if self._stream is not None:

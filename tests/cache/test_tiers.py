@@ -16,7 +16,7 @@ from pikv_core.cache.snapshot import restore, take
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.model.steps import feed
 
-PROMPT, STEPS = 500, 14
+PROMPT, STEPS = 300, 8
 DISK = {"host": 0, "disk": "/tmp"}
 QUEST = {"policy": {"name": "quest", "dense_layers": 0}, "budget": 64}
 SLOT_BYTES = 2 * 16 * 4 * 2  # of the small models: keys and values of two heads of 16 float32 channels
@@ -62,8 +62,8 @@ def live_bytes(cache):
 @pytest.mark.parametrize("codec", ["none", {"name": "int8", "group": 16, "residual": 8}])
 def test_shares_give_what_memory_gives_to_the_bit(small_model, arch, codec):
     model, tiers = small_model(arch), {"page_tokens": 16}
-    expected, _ = run(model, {"codec": codec}, rows=2, padding=100)
-    found, cache = run(model, {"policy": "flexgen", "codec": codec, "tiers": tiers}, rows=2, padding=100)
+    expected, _ = run(model, {"codec": codec}, rows=2, padding=90)
+    found, cache = run(model, {"policy": "flexgen", "codec": codec, "tiers": tiers}, rows=2, padding=90)
     assert torch.equal(found, expected)
     report = cache.tiers.report()
     for name, share in {"device": 0.3, "host": 0.5, "disk": 0.2}.items():
@@ -78,7 +78,7 @@ def test_a_cache_of_four_times_the_device_decodes_the_same_tokens(small_model):
     limit = (PROMPT + STEPS) * SLOT_BYTES * 3 // 4  # keys and values alone are four times as many
     most = []
     outputs = []
-    for tiers in ({}, DISK, {"host": 0, "cxl": {"bandwidth_gb_s": 10.0}}, {"host": "40KiB", "disk": "/tmp"}):
+    for tiers in ({}, {"host": 0, "cxl": {"bandwidth_gb_s": 10.0}}, {"host": "40KiB", "disk": "/tmp"}):
         recipe = {"tiers": {"device": limit, "page_tokens": 8, **tiers}}
         found, cache = run(model, recipe, watch=lambda cache: most.append(live_bytes(cache)["device"]))
         outputs.append(found)
@@ -91,9 +91,9 @@ def test_a_cache_of_four_times_the_device_decodes_the_same_tokens(small_model):
 
 
 @pytest.mark.parametrize("codec", ["none", {"name": "int8", "group": 16, "residual": 8}])
-@pytest.mark.parametrize(("backend", "padding"), [("torch", 100), ("numba", 0), ("numba", 100)])
+@pytest.mark.parametrize(("backend", "padding"), [("torch", 90), ("numba", 0)])
 def test_quest_brings_no_more_than_it_reads_and_gives_the_same_to_the_bit(small_model, codec, backend, padding):
-    model, brought, limit = small_model("llama"), [0], 420_000
+    model, brought, limit = small_model("llama"), [0], 310_000
 
     def watch(cache):
         brought.append(cache.tiers.report()["bytes_moved"])
@@ -103,7 +103,7 @@ def test_quest_brings_no_more_than_it_reads_and_gives_the_same_to_the_bit(small_
         expected, memory = run(model, {**QUEST, "codec": codec}, 2, padding=padding)
         recipe = {**QUEST, "codec": codec, "tiers": {"device": limit, "staging": 8192, **DISK}}
         found, _ = run(model, recipe, 2, watch, padding)
-    assert codec != "none" or memory.resident_bytes > 2 * limit
+    assert codec != "none" or memory.resident_bytes > 1.5 * limit
     assert torch.equal(found, expected)
     per_token = [after - before for before, after in itertools.pairwise(brought)]
     assert brought[-1] > 0 and max(per_token) <= 3 * 2 * 64 * SLOT_BYTES  # of three layers and two rows
@@ -141,7 +141,7 @@ def test_transfers_hide_behind_longer_work_and_show_where_they_are_longer(small_
 
 def test_later_turns_beams_forks_and_resets(small_model):
     model = small_model("llama")
-    recipe = {"tiers": {"device": 200_000, "page_tokens": 8, **DISK}}
+    recipe = {"tiers": {"device": 300_000, "page_tokens": 8, **DISK}}
     expected, memory = run(model, {}, rows=2)
     _, cache = run(model, recipe, rows=2)
     more = tokens(2, 9, seed=3)
@@ -162,6 +162,11 @@ def test_later_turns_beams_forks_and_resets(small_model):
     assert torch.equal(
         model.generate(ids, max_new_tokens=10, num_beams=3, do_sample=False, past_key_values=ours), beams
     )
+    repeated, copied = cache.fork(), memory.fork()
+    for own in (repeated, copied):
+        own.batch_repeat_interleave(3)
+    one, other = (feed(model, own, tokens(6, 1)) for own in (repeated, copied))
+    assert (one - other).abs().max() <= 1e-5 * other.abs().max()
     cache.reset()
     assert cache.resident_bytes == 0 and cache.get_seq_length() == 0
     again = feed(model, cache, tokens(2, PROMPT + STEPS)[:, :PROMPT])
@@ -170,21 +175,21 @@ def test_later_turns_beams_forks_and_resets(small_model):
 
 def test_a_restored_cache_goes_on_exactly(small_model):
     model = small_model("llama")
-    for recipe in ({"tiers": {"device": 110_000, "page_tokens": 8}}, {**QUEST, "tiers": {"device": 200_000, **DISK}}):
+    for recipe in ({"tiers": {"device": 80_000, "page_tokens": 8}}, {**QUEST, "tiers": {"device": 170_000, **DISK}}):
         _, cache = run(model, recipe)
         other = PiKVCache.for_model(model, recipe)
         restore(other, take(cache), model.device)
         assert live_bytes(other)["device"] <= recipe["tiers"]["device"]
-        for token in tokens(1, 12, seed=2).unbind(1):
+        for token in tokens(1, 8, seed=2).unbind(1):
             assert torch.equal(feed(model, cache, token[:, None]), feed(model, other, token[:, None]))
 
 
 def test_files_have_no_name_while_they_are_used(small_model, tmp_path):
     """So that nothing is left however the process ends, and nobody else's file is ever opened."""
     _, cache = run(
-        small_model("llama"), {"tiers": {"device": 110_000, "page_tokens": 8, "host": 0, "disk": str(tmp_path)}}
+        small_model("llama"), {"tiers": {"device": 80_000, "page_tokens": 8, "host": 0, "disk": str(tmp_path)}}
     )
-    assert cache.tiers.report()["bytes"]["disk"] > 300_000 and not list(tmp_path.iterdir())
+    assert cache.tiers.report()["bytes"]["disk"] > 150_000 and not list(tmp_path.iterdir())
     mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     assert mapped and all("(deleted)" in line for line in mapped)
     del cache
@@ -195,20 +200,20 @@ def test_files_have_no_name_while_they_are_used(small_model, tmp_path):
 def test_full_tiers_and_full_disks_are_told(small_model, monkeypatch, tmp_path):
     model = small_model("llama")
     with pytest.raises(PiKVError, match="tiers behind the device are full: host 50,000 bytes"):
-        run(model, {"tiers": {"device": 100_000, "page_tokens": 8, "host": 50_000}})
+        run(model, {"tiers": {"device": 70_000, "page_tokens": 8, "host": 50_000}})
     with pytest.raises(PiKVError, match="a device limit of 20,000 bytes has no room"):
         run(model, {"tiers": {"device": 20_000, "page_tokens": 8}})
     with pytest.raises(PiKVError, match="too small for a page of 8 tokens"):
-        run(model, {"tiers": {"device": 100_000, "page_tokens": 8, "staging": 4_000}})
+        run(model, {"tiers": {"device": 70_000, "page_tokens": 8, "staging": 4_000}})
     with pytest.raises(PiKVError, match=r"cannot keep .* bytes of the cache here: No such file"):
-        run(model, {"tiers": {"device": 100_000, "page_tokens": 8, "host": 0, "disk": str(tmp_path / "none")}})
+        run(model, {"tiers": {"device": 70_000, "page_tokens": 8, "host": 0, "disk": str(tmp_path / "none")}})
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tiers_memory.os, "posix_fallocate", full)
     with pytest.raises(PiKVError, match=r"cannot keep .* bytes of the cache here: No space left"):
-        run(model, {"tiers": {"device": 100_000, "page_tokens": 8, **DISK}})
+        run(model, {"tiers": {"device": 70_000, "page_tokens": 8, **DISK}})
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ DOCUMENTS = [
     "README.md",
     "data/README.md",
     "docs/methods.md",
+    "docs/ranks.md",
     "docs/simulation.md",
     "docs/state.md",
     "docs/training.md",

@@ -194,6 +194,17 @@ def test_what_cannot_be_split_is_refused_by_name(small_model, split, recipe, mes
     assert refused.value.hint
 
 
+def test_keys_that_are_read_at_other_positions_are_split_by_heads(small_model):
+    check(small_model("llama"), {"policy": "streaming-llm", "budget": 40, "rerotate": True}, "heads", 2)
+
+
+def test_tokens_by_hand_come_with_queries(small_model):
+    model = small_model("llama")
+    cache = PiKVCache.for_model(model, {}).share("heads", Wire(0, 2), model)
+    with pytest.raises(UsageError, match="takes tokens with their queries"):
+        cache.append(0, 0, torch.zeros(2, 16), torch.zeros(2, 16))
+
+
 def test_heads_that_do_not_divide_are_refused(small_model):
     model = small_model("llama")
     with pytest.raises(UsageError, match="2 key/value heads do not divide evenly by 3 ranks"):

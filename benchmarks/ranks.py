@@ -127,7 +127,10 @@ def table(told: dict[str, Any]) -> str:
     lines = [
         "# A cache over ranks",
         "",
-        f"`benchmarks/ranks.py` on {told['machine']}, commit {told['commit']}; {(__doc__ or '').splitlines()[4]}",
+        f"`benchmarks/ranks.py` on {told['machine']}, commit {told['commit']}; a random llama of {LAYERS} layers, "
+        f"{HEADS}/{KV_HEADS} heads of {HEAD_DIM}, float32, {len(PROMPT.split()):,} prompt tokens, one thread a rank. "
+        "Bytes a token are those that come to each rank; what the loopback interface carried has headers and the "
+        "machine's other traffic in it. Speeds are medians.",
         "",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",

@@ -15,6 +15,7 @@ DOCUMENTS = [
     "data/README.md",
     "docs/methods.md",
     "docs/prefix-store.md",
+    "docs/ranks.md",
     "docs/simulation.md",
     "docs/state.md",
     "docs/tiers.md",

@@ -314,6 +314,10 @@ class CacheLayer(CacheLayerMixin):
         UsageError where policy, allocation or codec goes by attention and is not told so.
         """
         given = columns or {}
+        if self.split is not None:
+            raise UsageError(
+                "a cache that is split over ranks takes tokens with their queries", hint="give the queries too"
+            )
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         self._refuse_without_queries(keys.shape[2] > 1 or self.held or self.scoring, given)

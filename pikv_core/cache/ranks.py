@@ -182,8 +182,11 @@ class TokenTurns:
         keys, values, position, is_prompt = layer.take(is_token)
         lane = layer.lanes[0]
         lane.has_empty = lane.has_empty or is_token is not None
-        mine = self.turns.among(torch.arange(first, first + T)).nonzero()[:, 0].to(keys.device)
-        if len(mine):
+        is_mine = self.turns.among(torch.arange(first, first + T))
+        if bool(is_mine.all()):
+            lane.arrive(keys, values, position)
+        elif bool(is_mine.any()):
+            mine = is_mine.nonzero()[:, 0].to(keys.device)
             lane.arrive(keys[:, :, mine], values[:, :, mine], position[:, mine])
         G = keys.shape[1]
         part = attend_part(lane.stores, query, G, position, layer.window, lane.has_empty, scale, softcap)

@@ -1,14 +1,17 @@
 """A cache that is split over ranks, by heads or by tokens, is the whole one: its logits, tokens, bytes."""
 
 import pytest
+import small_calibration
 import torch
 from thread_ranks import on_ranks
 
 from pikv_core.cache import PiKVCache
 from pikv_core.cache.ranks import Turns, Wire
+from pikv_core.compression import CODECS
 from pikv_core.errors import UsageError
 from pikv_core.model.steps import feed, prefill, step
 from pikv_core.scheduling import POLICIES
+from pikv_core.scheduling.base import Evictor
 
 PROMPT, STEPS = 100, 24
 INT8 = {"name": "int8", "group": 32, "residual": 16}
@@ -73,12 +76,12 @@ def test_by_heads_every_policy_that_keeps_them_apart_is_as_alone(small_model, po
     check(small_model("llama"), recipe, "heads", 2)
 
 
+ENDS = [name for name in POLICIES.names() if getattr(POLICIES[name], "ends", Evictor.ends) is not Evictor.ends]
 TOKENS = [
     ("full", 1.0, "none"),
     ("full", 1.0, {"name": "int4", "group": 32, "residual": 20}),
     ("full", 1.0, {"name": "fp8", "page": 8}),
-    ("streaming-llm", 53, "none"),
-    ("window", 53, "none"),
+    *((name, 53, "none") for name in ENDS),
 ]
 
 
@@ -191,7 +194,38 @@ def test_what_cannot_be_split_is_refused_by_name(small_model, split, recipe, mes
     assert refused.value.hint
 
 
+def test_keys_that_are_read_at_other_positions_are_split_by_heads(small_model):
+    check(small_model("llama"), {"policy": "streaming-llm", "budget": 40, "rerotate": True}, "heads", 2)
+
+
+def test_tokens_by_hand_come_with_queries(small_model):
+    model = small_model("llama")
+    cache = PiKVCache.for_model(model, {}).share("heads", Wire(0, 2), model)
+    with pytest.raises(UsageError, match="takes tokens with their queries"):
+        cache.append(0, 0, torch.zeros(2, 16), torch.zeros(2, 16))
+
+
 def test_heads_that_do_not_divide_are_refused(small_model):
     model = small_model("llama")
     with pytest.raises(UsageError, match="2 key/value heads do not divide evenly by 3 ranks"):
         PiKVCache.for_model(model, {}).share("heads", Wire(0, 3), model)
+
+
+@pytest.fixture(scope="module")
+def fitted(small_model, tmp_path_factory):
+    model = small_model("llama")
+    return small_calibration.write(model, tmp_path_factory.mktemp("made") / "fitted", small_calibration.codecs(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("codec", "split"),
+    [
+        (codec, split)
+        for codec in CODECS.names()
+        for split in ("heads", "tokens")
+        if (codec, split) != ("levels", "tokens")
+    ],
+)
+def test_every_codec_is_split(small_model, fitted, codec, split):
+    check(small_model("llama"), {"codec": codec, "calibration": [fitted]}, split, 2)

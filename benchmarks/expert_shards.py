@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from peers.report import machine
 from results_page import ROOT, commit, put_section
-from timing import between, in_turn, quartiles, random_llama
+from timing import in_turn, quartiles, random_llama
 
 from pikv_core import recipes
 from pikv_core.cache import PiKVCache
@@ -35,7 +34,7 @@ RESULTS = ROOT / "benchmarks/results/expert_shards.json"
 CONTEXT_TOKENS = 1024
 PROBE_QUERIES, PROBE_BUDGETS = 128, (128, 512)  # what a budget's reads are told by
 LONG_TOKENS = 32768
-WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)
+WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0)
 TWO, FOUR = "expert-shards, 2 of 8", "expert-shards, 4 of 32"
 SHARDS: dict[str, dict[str, Any]] = {
     "expert-shards, 8 of 8": {"shards": 8, "top_shards": 8},
@@ -134,15 +133,12 @@ def main() -> None:
     store({"machine": machine(), "commit": commit(), "versions": versions()})
     text = Bench("text", asked.text, asked.num_queries)
     compare(text, SHARDS, [TWO, FOUR])
-    for weight in WEIGHTS:
-        slow = {"slow_shards": 4, "latency": 10.0, "latency_weight": weight}
-        text.row(f"slow, {weight:g}", {"policy": {"name": "expert-shards", **SHARDS[TWO], **slow}})
-    nothing = {"slow_shards": 4, "latency": 10.0}
-    text.row("slow, 0", {"policy": {"name": "expert-shards", **SHARDS[TWO], **nothing}})
-    fitted = {"codec": "svd", "calibration": [asked.fitted]}
-    text.row(f"{TWO} + svd", {"policy": {"name": "expert-shards", **SHARDS[TWO]}, **fitted})
-    text.row("svd", fitted)
+    policy = {"name": "expert-shards", **SHARDS[TWO]}
+    text.row(f"{TWO} + svd", {"policy": policy, "codec": "svd", "calibration": [asked.fitted]})
     compare(Bench("experts", asked.experts, asked.num_queries), ROUTED, [TWO])
+    slow = Bench("slow", asked.text, asked.num_queries // 2)
+    for weight in WEIGHTS:
+        slow.row(f"{weight:g}", {"policy": {**policy, "slow_shards": 4, "latency": 10.0, "latency_weight": weight}})
     store({"times": times(text, asked.rounds)})
     put_section(HEADING, section(stored()))
 

@@ -49,7 +49,7 @@ def routed_layer(selector, num_prompt, budget=1.0):
 
 
 def read_by_force(rows, keys, shard, in_shards, num_shards, top):
-    """rows [R,D], keys [S,D], shard [S]: the tokens that are read, those outside shards and those of the best shards."""
+    """Return the tokens that rows [R,D] read of keys [S,D]: those outside of shards, and of the best `shard` [S]."""
     sharded = in_shards[in_shards >= 0].long()
     bound = []
     for number in range(num_shards):

@@ -12,8 +12,8 @@ class Row:
 
     key: the cell's. method: policy, codec and allocation as on the command line. agreement: share of the full cache's
     greedy tokens; agreement_kl in nats. attention_error and attention_mass: means over the layers; see AttentionError.
-    read_bytes_per_token, slow_read_share: see Cost. events: what the cache reported over one sequence, such as
-    switches. Intervals are half of 95 %. What was not to be measured is None.
+    events: what the cache reported over one sequence, such as switches. read_bytes_per_token, slow_read_share: see
+    Cost. Intervals are half of 95 %. What was not to be measured is None.
     """
 
     key: str

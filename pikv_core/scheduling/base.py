@@ -164,6 +164,7 @@ class ShardSelector(Selector):
     last shards are slow to read.
     """
 
+    reads: ClassVar[tuple[str, ...]] = ("keys", "queries", "shards")
     shards: int
     top_shards: int | None
     by: Literal["keys", "router"]

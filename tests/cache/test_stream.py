@@ -27,6 +27,7 @@ RECIPES = [
     {"policy": "snapkv", "budget": 0.4, "allocation": "ada-kv", "codec": {"name": "int8", "group": 32}},
     {"policy": "quest", "budget": 48},
     {"policy": {"name": "quest", "dense_layers": 0}, "budget": 64, "codec": "int4"},
+    {"policy": {"name": "expert-shards", "top_shards": 2, "newest": 24}},
     {"policy": "switch:h2o+tova", "budget": 0.3},
     {"policy": "expected-attention", "budget": 0.4},
     {"policy": "fastv", "budget": 0.7},

@@ -16,6 +16,7 @@ IN_WORDS = {
     "calibration": "a calibration",
     "repetition": "the attention of a repeated prompt",
     "rotary": "the model's rotary embedding",
+    "shards": "stores of its own",
 }
 
 

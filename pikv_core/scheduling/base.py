@@ -44,12 +44,13 @@ class Tokens:
 class Policy:
     """Base of all policies; on its own it keeps and reads every token.
 
-    calibrated: whether it needs tensors that were fitted to the model (`LayerRun.fitted`). reads: what else it asks of
-    a run: the stored "keys" and "values", the model's "rotary" embedding.
+    calibrated: whether it needs tensors that were fitted to the model (`LayerRun.fitted`), by the recipe `fitted_by`
+    of recipes/train. reads: what else it asks of a run: the stored "keys" and "values", the model's "rotary" embedding.
     """
 
     name: ClassVar[str]
     calibrated: ClassVar[bool] = False
+    fitted_by: ClassVar[str] = ""
     reads: ClassVar[tuple[str, ...]] = ()
 
     @property

@@ -14,6 +14,7 @@ from pikv_core.schema.train import (
     ExportSettings,
     LoRASettings,
     ModelRecipe,
+    TokenScorerSettings,
     TrainRecipe,
     TrainSettings,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Recipe",
     "Section",
     "SimulateRecipe",
+    "TokenScorerSettings",
     "TrainRecipe",
     "TrainSettings",
     "parse_bytes",

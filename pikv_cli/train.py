@@ -52,6 +52,7 @@ def _check(resume: Path, shared: options.Shared, start: str | None, export_only:
 def _show(result: Any, folder: Path) -> None:
     from pikv_core.jobs.duo_gates import DuoGatesResult
     from pikv_core.jobs.export import ExportResult
+    from pikv_core.jobs.policy_router import PolicyRouterResult
     from pikv_core.jobs.train import TrainResult
 
     if isinstance(result, ExportResult):
@@ -70,6 +71,12 @@ def _show(result: Any, folder: Path) -> None:
             for layer, heads in enumerate(result.gates)
         ]
         output.print_table(result.model, list(gates[0]), gates)
+    if isinstance(result, PolicyRouterResult):
+        layers = [
+            {"layer": layer, **dict(zip(result.strategies, (f"{share:.2f}" for share in shares)))}
+            for layer, shares in enumerate(result.usage)
+        ]
+        output.print_table("how often each layer takes a strategy", list(layers[0]), layers)
     if not isinstance(result, TrainResult):
         typer.echo(f"calibration: {result.calibration}")
     else:

@@ -7,6 +7,7 @@ from pikv_core.components import Component, build
 from pikv_core.compression import CODECS
 from pikv_core.evaluation.samples import collect
 from pikv_core.scheduling.learned_scorer import NUM_EXTRA
+from pikv_core.scheduling.moe_router import num_features
 
 
 def gates(model):
@@ -24,12 +25,20 @@ def networks(num_layers, num_heads, head_dim, width=4):
     return {name: torch.randn(*shape, *own, generator=generator) for name, own in shapes.items()}
 
 
+def routers(num_layers, head_dim, num_strategies=6):
+    """Return random routers over the default strategies."""
+    generator, F = torch.Generator().manual_seed(14), num_features(head_dim)
+    shapes = {"feature_mean": (F,), "feature_scale": (F,), "router/weight": (num_strategies, F)}
+    return {name: torch.randn(num_layers, *own, generator=generator) for name, own in shapes.items()}
+
+
 def policies(model):
     """Return every calibrated policy, with random tensors."""
     config = model.config
     shape = config.num_hidden_layers, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return [gates(model), calibration.Member("learned-scorer", "policy", {}, networks(*shape, head_dim))]
+    learned = {"learned-scorer": networks(*shape, head_dim), "moe-router": routers(shape[0], head_dim)}
+    return [gates(model), *(calibration.Member(name, "policy", {}, tensors) for name, tensors in learned.items())]
 
 
 def codecs(model):

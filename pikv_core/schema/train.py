@@ -196,13 +196,38 @@ class TokenScorerSettings(Section):
         return max(1, int(self.context * self.length))
 
 
+class PolicyRouterSettings(Section):
+    """How the routers of the policy `moe-router` are trained beside a frozen model; lengths in tokens."""
+
+    strategies: Annotated[list[str], Field(min_length=2)] | None = None  # policies; by default moe-router's own
+    router: Literal["base", "pikv"] = "base"
+    calibration: list[str] = []  # folders that hold what calibrated strategies need
+    length: Annotated[int, Field(ge=16)] = 1024  # of a prompt and what follows it
+    context: Annotated[float, Field(gt=0, lt=1)] = 0.9  # share of it that is compressed; what follows measures the loss
+    budgets: Annotated[list[Share], Field(min_length=1)] = [0.5, 0.35, 0.2]  # shares of the context
+    samples: Positive = 48  # prompts, each under every budget
+    steps: Positive = 400
+    batch: Positive = 64  # lessons a step
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    balance: Annotated[float, Field(ge=0)] = 0.01  # weight of the balance over strategies
+    text: list[str] = []  # around the needles, in place of the embedded corpus
+    column: str | None = None
+    log_every: Positive = 50
+    eval_samples: Positive = 16
+
+    @property
+    def num_context(self) -> int:
+        return max(1, int(self.context * self.length))
+
+
 class ExportSettings(Section):
     """The architecture in which a trained model is told; its weights stay what they are."""
 
     to: Literal["mixtral", "qwen3_moe", "llama", "pikv"]
 
 
-WITH_START = ("duo_gates", "token_scorer", "export")
+WITH_START = ("duo_gates", "token_scorer", "policy_router", "export")
 
 
 class TrainRecipe(Recipe):
@@ -215,6 +240,7 @@ class TrainRecipe(Recipe):
     start: str | None = None  # a trained model's folder, its run folder, or a hub id
     duo_gates: DuoGateSettings | None = None
     token_scorer: TokenScorerSettings | None = None
+    policy_router: PolicyRouterSettings | None = None
     export: ExportSettings | None = None
 
     @property
@@ -253,7 +279,8 @@ class TrainRecipe(Recipe):
             raise PydanticCustomError("sizes", "export tells the trained model that start names: give --start RUN")
         if (self.start is None) != (not what):
             fits = [name for name in WITH_START if name != "export"]
-            text = f"start and {' or '.join(fits)} go together: they are fitted to the trained model that start names"
+            sections = f"{', '.join(fits[:-1])} or {fits[-1]}"
+            text = f"start and {sections} go together: they are fitted to the trained model that start names"
             text += "; recipes/train/duo-gates.yaml has both, and --export-only --to NAME exports that model"
             raise PydanticCustomError("sizes", "{text}", {"text": text})
         given = [name for name in ("model", "data", "train") if name in self.model_fields_set]

@@ -23,9 +23,9 @@ from pikv_core.errors import PiKVError
 from pikv_core.evaluation import samples
 from pikv_core.model.steps import feed, look
 from pikv_core.runs import Run
-from pikv_core.scheduling.base import Tokens
 from pikv_core.scheduling.learned_scorer import expect, features
 from pikv_core.schema import TokenScorerSettings
+from pikv_core.training.held_tokens import held_tokens
 from pikv_core.training.needles import Needles
 
 AT_A_TIME = 4  # samples
@@ -152,10 +152,5 @@ def _of_contexts(model: Any, ids: Tensor, num_context: int) -> tuple[Tensor, Ten
 
 def _seen(layer: CacheLayer, num_context: int) -> tuple[Tensor, Tensor]:
     """Return features [N,G,C,F] and peaks [N,G,C] of what a held layer holds."""
-    [lane] = layer.lanes
-    keys, values, position = lane.contents()
-    device = position.device
-    capacity = torch.full(position.shape[:2], num_context, device=device)
-    place = layer.num_seen.to(device), capacity, lane.head.to(device), lane.row.to(device)
-    tokens = Tokens(position, {}, *place, lambda: keys, lambda: values, layer.run)
-    return features(tokens), lane.tail.columns()["peak"]
+    tokens = held_tokens(layer, num_context)
+    return features(tokens), tokens.columns["peak"]

@@ -21,30 +21,21 @@ import torch
 from results_page import ROOT, commit, origin, put_section
 
 from pikv_core.cache import PiKVCache
-from pikv_core.data import tokens
 from pikv_core.data.recall import RecallSource
 from pikv_core.model.loading import load_model
 from pikv_core.model.steps import feed
 from pikv_core.recipes import load
 from pikv_core.runs import versions
 from pikv_core.scheduling.moe_router import GIVEN, MoERouter, features, new_router
+from pikv_core.schema import PolicyRouterSettings
 from pikv_core.training.held_tokens import held_tokens
-from pikv_core.training.policy_router import costs, log_probs, one_hot
+from pikv_core.training.policy_router import Prompts, costs, domains, draw, log_probs, one_hot
 
-KINDS = ("needles early", "needles late", "text")
-BUDGETS = (0.5, 0.35, 0.2)
+SETTINGS = PolicyRouterSettings()  # the lengths and budgets that it is trained with by default
 SEEDS = (0, 1, 2)
-LENGTH, NUM_TEXT_LATER = 1024, 96
+EVALUATION = 1  # of the prompts drawn by a seed
 HEADING = "## A router over strategies"
 RESULTS = ROOT / "benchmarks/results/policy_router.json"
-
-
-class Prompts(NamedTuple):
-    """ids [B,T], the first `num_context` of them the context; is_answer [B,T] at the token before an answer."""
-
-    ids: torch.Tensor
-    num_context: int
-    is_answer: torch.Tensor
 
 
 class Found(NamedTuple):
@@ -54,23 +45,6 @@ class Found(NamedTuple):
     kl: float
     recall: float | None
     perplexity: float
-
-
-def draw(source: RecallSource, kind: str, num: int, seed: int) -> Prompts:
-    """Return held-out prompts of a kind."""
-    rng = np.random.default_rng([seed, KINDS.index(kind)])
-    text = tokens.of_split(source.streams, "test")
-    if kind == "text":
-        ids = torch.from_numpy(tokens.windows(rng, text, num, LENGTH))
-        return Prompts(ids, LENGTH - NUM_TEXT_LATER, torch.zeros_like(ids, dtype=torch.bool))
-    batch = source.batch(rng, num, LENGTH // 2, "test")
-    other = tokens.windows(rng, text, num, LENGTH - LENGTH // 2)
-    half, asked = np.split(batch.ids, [batch.context_length], axis=1)
-    halves = [half, other] if kind == "needles early" else [other, half]
-    ids = torch.from_numpy(np.concatenate([*halves, asked], axis=1))
-    is_answer = torch.zeros_like(ids, dtype=torch.bool)
-    is_answer[:, -asked.shape[1] :] = torch.from_numpy(batch.answer_mask[:, batch.context_length :])
-    return Prompts(ids, LENGTH - asked.shape[1], is_answer)
 
 
 def weights_by_method(
@@ -88,7 +62,7 @@ def weights_by_method(
     for layer in held.own_layers:
         x = features(held_tokens(layer, capacity))
         before.append(new_router(policy.router, x.shape[-1], E, policy.top_k).eval().route(x, None).experts[:, 0])
-    best = costs(model, recipe, prompts.ids, prompts.num_context)[1].argmin(dim=-1)
+    best = costs(model, recipe, prompts)[1].argmin(dim=-1)
     chosen = {"random": anything, "untrained": torch.stack(before), "oracle": best}
     singles = {name: one_hot(at, E, B, "cpu").expand(L, -1, -1) for at, name in enumerate(policy.strategies)}
     one_hots = {name: torch.nn.functional.one_hot(index, E).float() for name, index in chosen.items()}
@@ -133,7 +107,7 @@ def table(rows: list[dict[str, Any]], singles: tuple[str, ...]) -> list[str]:
         "| budget | method | bytes / full | recall, needles early | needles late | perplexity of text | KL, mean |",
         "|---|---|---|---|---|---|---|",
     ]
-    for budget in BUDGETS:
+    for budget in SETTINGS.budgets:
         own = [row for row in rows if row["budget"] == budget]
         means = {}
         for method in dict.fromkeys(row["method"] for row in own):
@@ -146,7 +120,9 @@ def table(rows: list[dict[str, Any]], singles: tuple[str, ...]) -> list[str]:
             by_seed = [statistics.fmean(row["kl"] for row in mine if row["seed"] == seed) for seed in seeds]
             means[method] = statistics.fmean(by_seed)
             spread = statistics.stdev(by_seed) if len(by_seed) > 1 else 0.0
-            cells = [f"{mean('recall', kind):.3f}" for kind in KINDS[:2]] + [f"{mean('perplexity', 'text'):.2f}"]
+            cells = [f"{mean('recall', kind):.3f}" for kind in ("needles early", "needles late")] + [
+                f"{mean('perplexity', 'text'):.2f}"
+            ]
             lines.append(
                 f"| {budget} | {method} | {mean('share'):.3f} | {' | '.join(cells)} "
                 f"| {means[method]:.4f} ± {spread:.4f} |"
@@ -172,14 +148,15 @@ def main() -> None:
     recipe: dict[str, Any] = {"policy": "moe-router", "calibration": [asked.calibration]}
     rows: list[dict[str, Any]] = []
     for seed in SEEDS:
-        for kind in KINDS:
-            prompts = draw(source, kind, asked.num_prompts, seed)
-            for budget in BUDGETS:
+        for number, kind in enumerate(domains(source)):
+            rng = np.random.default_rng([seed, EVALUATION, number])
+            prompts = draw(source, kind, rng, asked.num_prompts, SETTINGS, "test")
+            for budget in SETTINGS.budgets:
                 found = measure(loaded.model, {**recipe, "budget": budget}, prompts, seed)
                 about = {"seed": seed, "kind": kind, "budget": budget}
                 rows += [{**about, "method": method, **one._asdict()} for method, one in found.items()]
             print(f"seed {seed}, {kind}: done", file=sys.stderr, flush=True)
-    policy = PiKVCache.for_model(loaded.model, {**recipe, "budget": BUDGETS[0]}).own_layers[0].policy
+    policy = PiKVCache.for_model(loaded.model, {**recipe, "budget": SETTINGS.budgets[0]}).own_layers[0].policy
     assert isinstance(policy, MoERouter)
     stored = {
         **origin({"versions": versions()}, commit()),
@@ -197,8 +174,8 @@ def section(found: dict[str, Any]) -> list[str]:
         HEADING,
         "",
         f"`moe-router`, trained by `recipes/train/policy-router.yaml` on a model of `recipes/train/text-recall.yaml`, "
-        f"beside each of its strategies in all layers, at equal budgets: held-out contexts of about {LENGTH} tokens of "
-        "real text with needles in the first half or in the second, or with none, "
+        "beside each of its strategies in all layers, at equal budgets: held-out contexts of about "
+        f"{SETTINGS.length} tokens of real text with needles in the first half or in the second, or with none, "
         f"{found['num_prompts']} of each for each of the seeds {', '.join(map(str, SEEDS))}. What follows a context is "
         "fed at once. KL (nats) is from the full cache, over all that follows, mean over the three kinds, with the "
         "standard deviation over seeds. The oracle takes in every layer of every prompt what costs least with the "

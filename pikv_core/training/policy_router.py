@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,33 +35,53 @@ AT_A_TIME = 4  # prompts
 LEAST_COST = 1e-6  # nats, so that prompts on which nothing is lost stay finite
 LEAST_SPREAD = 1e-6  # of a feature
 EVALUATION_SEED = 20_263
-Domain = str
 
 
 @dataclass(frozen=True)
 class Lessons:
-    """features [L,N,F]; cost [L,N,E] in nats; agree [L,N,E]: tokens whose greedy choice stays, of `num_later`."""
+    """features [L,N,F]; cost [L,N,E] in nats; agree [L,N,E]: the share of tokens whose greedy choice stays."""
 
     features: Tensor
     cost: Tensor
     agree: Tensor
-    num_later: int
     sha256: str
     num_tokens: int
 
 
-def domains(needles: Needles) -> list[Domain]:
-    """Return what there is to learn from: needles, and plain text where the source has it."""
+class Prompts(NamedTuple):
+    """ids [B,T], of which the first `num_context` are the context; is_answer [B,T] at the token before an answer."""
+
+    ids: Tensor
+    num_context: int
+    is_answer: Tensor
+
+
+def domains(needles: Needles) -> tuple[str, ...]:
+    """Return what prompts there are: needles anywhere, or with real text around them in either half, and plain text."""
     has_text = isinstance(needles, RecallSource) and bool(needles.streams)
-    return ["needles", "text"] if has_text else ["needles"]
+    return ("needles early", "needles late", "text") if has_text else ("needles",)
 
 
-def draw(needles: Needles, domain: Domain, rng: np.random.Generator, num: int, length: int, split: str) -> Tensor:
-    """Return the ids [num,length] of prompts of a domain."""
+def draw(
+    needles: Needles, domain: str, rng: np.random.Generator, num: int, settings: PolicyRouterSettings, split: str
+) -> Prompts:
+    """Return `num` prompts of a domain; needles in a half are followed by their questions alone."""
+    length = settings.length
+    if domain == "needles":
+        batch = needles.batch(rng, num, length, split)
+        return Prompts(torch.from_numpy(batch.ids), settings.num_context, torch.from_numpy(batch.answer_mask))
+    assert isinstance(needles, RecallSource)
+    stream = token_streams.of_split(needles.streams, split)
     if domain == "text":
-        assert isinstance(needles, RecallSource)
-        return torch.from_numpy(token_streams.windows(rng, token_streams.of_split(needles.streams, split), num, length))
-    return torch.from_numpy(needles.batch(rng, num, length, split).ids)
+        ids = torch.from_numpy(token_streams.windows(rng, stream, num, length))
+        return Prompts(ids, settings.num_context, torch.zeros_like(ids, dtype=torch.bool))
+    recall = needles.batch(rng, num, length // 2, split)
+    half, asked = np.split(recall.ids, [recall.context_length], axis=1)
+    text = token_streams.windows(rng, stream, num, length - length // 2)
+    ids = torch.from_numpy(np.concatenate([half, text, asked] if domain == "needles early" else [text, half, asked], 1))
+    is_answer = torch.zeros_like(ids, dtype=torch.bool)
+    is_answer[:, -asked.shape[1] :] = torch.from_numpy(recall.answer_mask[:, recall.context_length :])
+    return Prompts(ids, length - asked.shape[1], is_answer)
 
 
 def untrained(
@@ -99,22 +119,23 @@ def gather(
     with Interrupt() as interrupt:
         for turn, start in enumerate(range(0, num, AT_A_TIME)):
             rng = np.random.default_rng([seed, turn])
-            kind = kinds[turn % len(kinds)]
-            read.append(draw(needles, kind, rng, min(AT_A_TIME, num - start), settings.length, split))
+            prompts = draw(needles, kinds[turn % len(kinds)], rng, min(AT_A_TIME, num - start), settings, split)
+            read.append(prompts.ids)
             for budget in settings.budgets:
-                found.append(costs(model, {**recipe, "budget": budget}, read[-1], settings.num_context))
+                found.append(costs(model, {**recipe, "budget": budget}, prompts))
             if interrupt.wanted:
                 raise PiKVError("interrupted: no router is kept", hint="start again; it has no checkpoints")
     x, cost, agree = (torch.cat(parts, dim=1) for parts in zip(*found))
     if not bool(x.isfinite().all() and cost.isfinite().all()):
         raise PiKVError("the model's numbers are not finite", hint="train in --dtype float32")
     ids = torch.cat(read)
-    return Lessons(x, cost, agree, settings.length - settings.num_context, fingerprint(ids), ids.numel())
+    return Lessons(x, cost, agree, fingerprint(ids), ids.numel())
 
 
 @torch.no_grad()
-def costs(model: Any, recipe: dict[str, Any], ids: Tensor, num_context: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return features [L,B,F], cost and agreeing tokens [L,B,E] of the first `num_context` tokens of ids [B,T]."""
+def costs(model: Any, recipe: dict[str, Any], prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features [L,B,F], cost and share of agreeing tokens [L,B,E] of what the contexts lose."""
+    ids, num_context, _ = prompts
     context, later = (x.to(model.device) for x in (ids[:, :num_context], ids[:, num_context:]))
     cache = PiKVCache.for_model(model, recipe)
     cache.hold()
@@ -134,7 +155,7 @@ def costs(model: Any, recipe: dict[str, Any], ids: Tensor, num_context: int) -> 
             layer.compress()
             found = log_probs(model, own, later)
             cost[index, :, strategy] = (full.exp() * (full - found)).sum(dim=-1).mean(dim=-1).cpu()
-            agree[index, :, strategy] = (full.argmax(-1) == found.argmax(-1)).sum(dim=-1).float().cpu()
+            agree[index, :, strategy] = (full.argmax(-1) == found.argmax(-1)).float().mean(dim=-1).cpu()
     return x, cost, agree
 
 
@@ -165,9 +186,7 @@ def learn(
     for layer, router in enumerate(routers):
         observe = getattr(router, "observe_hits", None)
         if observe is not None:  # the tokens behind the context that a strategy got right
-            observe(
-                lessons.agree[layer].sum(dim=0), torch.full_like(lessons.agree[layer], lessons.num_later).sum(dim=0)
-            )
+            observe(lessons.agree[layer].sum(dim=0), torch.full((lessons.agree.shape[-1],), lessons.agree.shape[1]))
     for step in range(1, settings.steps + 1):
         drawn = torch.randint(x.shape[1], (min(settings.batch, x.shape[1]),))
         losses = []

@@ -1,7 +1,9 @@
 """Routers over strategies: they learn whose turn it is, by layer and by prompt, and are saved for the model alone."""
 
 import json
+import tempfile
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,7 +17,7 @@ from pikv_core.errors import UsageError
 from pikv_core.jobs import policy_router as job
 from pikv_core.model.steps import feed
 from pikv_core.recipes import load
-from pikv_core.runs import Run
+from pikv_core.runs import Reporter, Run
 from pikv_core.scheduling.moe_router import WEIGHTS, MoERouter, num_features
 from pikv_core.schema import PolicyRouterSettings
 from pikv_core.training import policy_router
@@ -52,7 +54,7 @@ def planted(best, seed):
     cost = torch.rand(L, N, E, generator=generator) * 0.2 + 0.9
     for layer in range(L):
         cost[layer].scatter_(1, best(layer, x[layer])[:, None], 0.1)
-    return policy_router.Lessons(x, cost, (1 - cost.clamp(max=1)) * 10, 10, "0" * 64, N)
+    return policy_router.Lessons(x, cost, 1 - cost.clamp(max=1), "0" * 64, N)
 
 
 def by_layer(layer, x):
@@ -100,8 +102,7 @@ def test_a_few_prompts_on_which_much_is_lost_count_for_what_is_lost(tmp_path):
 
 
 def test_costs_are_what_one_layer_under_one_strategy_changes(model, source):
-    ids = policy_router.draw(source, "needles", torch_rng(), 2, 64, "test")
-    torch.manual_seed(0)
+    ids = torch.from_numpy(source.batch(np.random.default_rng(3), 2, 64, "test").ids)
     recipe = {"policy": "snapkv", "budget": 0.4}
     context, later = ids[:, :48], ids[:, 48:]
     with torch.no_grad():
@@ -115,20 +116,12 @@ def test_costs_are_what_one_layer_under_one_strategy_changes(model, source):
             position = torch.arange(48, 64).expand(2, -1)
             found = model(later, position_ids=position, past_key_values=cache).logits.log_softmax(-1)
             expected.append((full.exp() * (full - found)).sum(-1).mean(-1))
-    cost = measured(model, ids, 48)[1]
+    cost = measured(model, policy_router.Prompts(ids, 48, torch.zeros_like(ids, dtype=torch.bool)))[1]
     torch.testing.assert_close(cost[:, :, 3], torch.stack(expected), rtol=1e-3, atol=1e-5)
     assert bool((cost > -1e-6).all())
 
 
-def torch_rng():
-    import numpy as np
-
-    return np.random.default_rng(3)
-
-
-def measured(model, ids, num_context):
-    import tempfile
-
+def measured(model, prompts):
     with tempfile.TemporaryDirectory() as temporary:
         policy = MoERouter()
         tensors = policy_router.untrained(model, policy, {}, 0, num_features(model.config.head_dim))
@@ -136,7 +129,7 @@ def measured(model, ids, num_context):
         nothing = calibration.Corpus(source="", sha256="", num_tokens=0)
         calibration.save(f"{temporary}/c", "small", model, nothing, [member])
         recipe = {"policy": "moe-router", "budget": 0.4, "calibration": [f"{temporary}/c"]}
-        return policy_router.costs(model, recipe, ids, num_context)
+        return policy_router.costs(model, recipe, prompts)
 
 
 def test_the_job_saves_what_the_policy_goes_by_of_this_model_alone(tmp_path, model, source):
@@ -166,3 +159,29 @@ def test_the_job_saves_what_the_policy_goes_by_of_this_model_alone(tmp_path, mod
     with pytest.raises(UsageError, match="other weights") as caught:
         PiKVCache.for_model(model, {"policy": "moe-router", "budget": 0.25, "calibration": [result.calibration]})
     assert "policy-router.yaml" in caught.value.hint
+
+
+def test_needles_lie_in_the_half_they_are_said_to_and_are_all_that_is_asked_for(tmp_path):
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(" ".join(rng.choice(words, 200)))
+    task = Recall(filler="text", num_keys=16, num_values=8, vocab_size=400)
+    source = task.open(None, 0, [str(tmp_path)], None, Reporter())
+    ids = source.tokenizer.get_vocab()
+    keys = [ids[word] for word in task.words()[2:18]]
+    settings = SETTINGS.model_copy(update={"length": 256})
+    assert policy_router.domains(source) == ("needles early", "needles late", "text")
+    for domain, half in (("needles early", 0), ("needles late", 1)):
+        prompts = policy_router.draw(source, domain, np.random.default_rng(1), 3, settings, "test")
+        C = prompts.num_context
+        is_key = np.isin(prompts.ids[:, :C], keys)
+        first, second = is_key[:, :128].sum(), is_key[:, 128:].sum()
+        assert (first, second)[half] > 0 == (first, second)[1 - half]
+        assert int(prompts.is_answer.sum()) > 0 == int(prompts.is_answer[:, : C - 1].sum())
+        for row, at in prompts.is_answer.nonzero().tolist():
+            needle = prompts.ids[row, :C].tolist()
+            asked, answer = prompts.ids[row, at : at + 2].tolist()
+            assert answer == needle[needle.index(asked) + 1]
+    text = policy_router.draw(source, "text", np.random.default_rng(1), 3, settings, "test")
+    assert text.num_context == settings.num_context and not np.isin(text.ids, keys).any()

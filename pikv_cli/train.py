@@ -1,4 +1,4 @@
-"""`pikv train`: train a model, go on where a run was interrupted, learn a model's head gates, or export it."""
+"""`pikv train`: train a model, go on where a run was interrupted, fit a policy to a model, or export it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pikv_cli import options, output
 def train(
     shared: options.Shared,
     start: Annotated[
-        str | None, typer.Option(metavar="DIR", help="The trained model, to learn head gates of or to export.")
+        str | None, typer.Option(metavar="DIR", help="The trained model, to fit a policy to or to export.")
     ] = None,
     export_only: Annotated[
         bool, typer.Option("--export-only", help="Train nothing: tell the model of --start in the architecture --to.")
@@ -24,7 +24,7 @@ def train(
     ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with this run, exactly.")] = None,
 ) -> None:
-    """Train a model into a folder that AutoModelForCausalLM loads, learn duo-attention's gates of one, or export it."""
+    """Train a model into a folder that AutoModelForCausalLM loads, fit a policy to one, or export it."""
     from pikv_core.errors import UsageError
 
     if export_only != (to is not None):
@@ -52,6 +52,8 @@ def _check(resume: Path, shared: options.Shared, start: str | None, export_only:
 def _show(result: Any, folder: Path) -> None:
     from pikv_core.jobs.duo_gates import DuoGatesResult
     from pikv_core.jobs.export import ExportResult
+    from pikv_core.jobs.policy_router import PolicyRouterResult
+    from pikv_core.jobs.train import TrainResult
 
     if isinstance(result, ExportResult):
         typer.echo(
@@ -69,6 +71,13 @@ def _show(result: Any, folder: Path) -> None:
             for layer, heads in enumerate(result.gates)
         ]
         output.print_table(result.model, list(gates[0]), gates)
+    if isinstance(result, PolicyRouterResult):
+        layers = [
+            {"layer": layer, **dict(zip(result.strategies, (f"{share:.2f}" for share in shares)))}
+            for layer, shares in enumerate(result.usage)
+        ]
+        output.print_table("how often each layer takes a strategy", list(layers[0]), layers)
+    if not isinstance(result, TrainResult):
         typer.echo(f"calibration: {result.calibration}")
     else:
         typer.echo(f"model: {result.model}")

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pikv_core.errors import PiKVError
+
 if TYPE_CHECKING:
     import torch
 
@@ -50,6 +52,15 @@ class LayerRun:
     events: list[dict[str, Any]] = field(default_factory=list)
     first_head: int = 0
     reads: Reads | None = None
+
+    def rotary_for(self, policy: str) -> Any:
+        """Return the model's rotary embedding; raises PiKVError where there is none for the policy."""
+        if self.rotary is None:
+            raise PiKVError(
+                f"policy '{policy}' needs the rotary embedding of the model, and was told of none",
+                hint="call cache.attach(model); a model with learned positions needs another policy",
+            )
+        return self.rotary
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""Calibrations of small random models: every codec that is fitted, and random gates."""
+"""Calibrations of small random models: every codec that is fitted, and random tensors for policies."""
 
 import torch
 
@@ -6,6 +6,8 @@ from pikv_core.cache import calibration
 from pikv_core.components import Component, build
 from pikv_core.compression import CODECS
 from pikv_core.evaluation.samples import collect
+from pikv_core.scheduling.learned_scorer import NUM_EXTRA
+from pikv_core.scheduling.moe_router import num_features
 
 
 def gates(model):
@@ -13,6 +15,30 @@ def gates(model):
     shape = model.config.num_hidden_layers, model.config.num_key_value_heads
     values = torch.rand(*shape, generator=torch.Generator().manual_seed(11))
     return calibration.Member("duo-attention", "policy", {}, {"gates": values})
+
+
+def networks(num_layers, num_heads, head_dim, width=4):
+    """Return random networks for the learned scorer."""
+    generator = torch.Generator().manual_seed(13)
+    shape, F = (num_layers, num_heads), 2 * head_dim + NUM_EXTRA
+    shapes = {"mean": (F,), "scale": (F,), "into": (F, width), "bias": (width,), "out": (width,), "level": ()}
+    return {name: torch.randn(*shape, *own, generator=generator) for name, own in shapes.items()}
+
+
+def routers(num_layers, head_dim, num_strategies=6):
+    """Return random routers over the default strategies."""
+    generator, F = torch.Generator().manual_seed(14), num_features(head_dim)
+    shapes = {"feature_mean": (F,), "feature_scale": (F,), "router/weight": (num_strategies, F)}
+    return {name: torch.randn(num_layers, *own, generator=generator) for name, own in shapes.items()}
+
+
+def policies(model):
+    """Return every calibrated policy, with random tensors."""
+    config = model.config
+    shape = config.num_hidden_layers, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    learned = {"learned-scorer": networks(*shape, head_dim), "moe-router": routers(shape[0], head_dim)}
+    return [gates(model), *(calibration.Member(name, "policy", {}, tensors) for name, tensors in learned.items())]
 
 
 def codecs(model):

@@ -85,6 +85,10 @@ def test_what_is_calibrated_is_said_to_be():
     needed = [name for name in ours(CODECS) if CODECS[name].calibrated]
     sentence = re.search(r"^(`[^\n]*) are fitted to a model", TEXT, re.MULTILINE)[1]
     assert sorted(re.findall(r"`([\w-]+)`", sentence)) == needed
-    assert [name for name in ours(POLICIES) if POLICIES[name].calibrated] == ["duo-attention"]
+    assert [name for name in ours(POLICIES) if POLICIES[name].calibrated] == [
+        "duo-attention",
+        "learned-scorer",
+        "moe-router",
+    ]
     levels = ", ".join(map(str, build(CODECS, Component("levels")).bits[:-1]))
     assert f"defaults are {levels} and {build(CODECS, Component('levels')).bits[-1]} bits" in TEXT

@@ -22,7 +22,7 @@ COMMON = {
 }
 MAY = {
     "compression": {"pikv_kernels"},
-    "scheduling": {"pikv_kernels"},
+    "scheduling": {"pikv_kernels", "moe"},
     "data": {"simulation"},
     "simulation": set(),
     "simulation/attention": {"cache", "scheduling"},

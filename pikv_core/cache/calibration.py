@@ -21,12 +21,11 @@ from pikv_core.components import Component
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.files import replacing, sha256, write_json
 from pikv_core.runs import plain
+from pikv_core.scheduling import POLICIES
 
 MANIFEST = "manifest.json"
-COMMANDS = {
-    "codec": "pikv compress --calibrate --method {name} --model DIR --save DIR2",
-    "policy": "pikv train --recipe recipes/train/duo-gates.yaml --start DIR",
-}
+CODEC_COMMAND = "pikv compress --calibrate --method {name} --model DIR --save DIR2"
+POLICY_COMMAND = "pikv train --recipe recipes/train/{recipe}.yaml --start DIR"
 Kind = Literal["codec", "policy"]
 
 
@@ -116,7 +115,7 @@ def read(folder: str | Path) -> Manifest:
     file = _folder(folder) / MANIFEST
     if not file.is_file():
         raise UsageError(
-            f"{folder}: no calibration here: no {MANIFEST}", hint=f"make one: {COMMANDS['codec'].format(name='NAME')}"
+            f"{folder}: no calibration here: no {MANIFEST}", hint=f"make one: {CODEC_COMMAND.format(name='NAME')}"
         )
     try:
         return Manifest.model_validate_json(file.read_bytes())
@@ -142,7 +141,7 @@ def fitted(
     name = component.name
     manifests = {folder: read(folder) for folder in folders}
     holders = [folder for folder, x in manifests.items() if name in x.members and x.members[name].kind == kind]
-    hint = f"make one: {COMMANDS[kind].format(name=name)}"
+    hint = f"make one: {_command(kind, name)}"
     if not folders:
         raise UsageError(f"{kind} '{name}' runs only with a calibration of the model, and none is given", hint=hint)
     if not holders:
@@ -175,7 +174,7 @@ def check_model(folders: Sequence[str], model: nn.Module) -> None:
     for folder in folders:
         manifest = read(folder)
         if not is_same(found, manifest.model.fingerprint):
-            commands = [COMMANDS[member.kind].format(name=name) for name, member in manifest.members.items()]
+            commands = [_command(member.kind, name) for name, member in manifest.members.items()]
             raise UsageError(
                 f"{folder}: a calibration of {manifest.model.source} ({manifest.model.model_type}); "
                 "this model has other weights",
@@ -189,6 +188,14 @@ def layer_shapes(config: Any) -> list[LayerShape]:
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     num_kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     return [LayerShape(num_kv_heads=num_kv_heads, head_dim=head_dim) for _ in windows(config)]
+
+
+def _command(kind: Kind, name: str) -> str:
+    """Return what makes a calibration of a codec or policy."""
+    if kind == "codec":
+        return CODEC_COMMAND.format(name=name)
+    fitted_by = POLICIES[name].fitted_by if name in POLICIES.names() else ""
+    return POLICY_COMMAND.format(recipe=fitted_by or "NAME")
 
 
 def _described(layers: Sequence[LayerShape]) -> str:

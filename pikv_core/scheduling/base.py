@@ -44,17 +44,18 @@ class Tokens:
 class Policy:
     """Base of all policies; on its own it keeps and reads every token.
 
-    calibrated: whether it needs tensors that were fitted to the model (`LayerRun.fitted`). reads: what else it asks of
-    a run: the stored "keys" and "values", the model's "rotary" embedding. takes_budget: False where it keeps and reads
-    everything, so that a budget means nothing. heads_apart: whether each key/value head is judged by its own tokens and
-    attention alone, so that heads may lie on ranks apart; what such a policy remembers of a layer are plain values, and
-    tensors whose second dimension, if any, is the heads.
+    calibrated: whether it needs tensors that were fitted to the model (`LayerRun.fitted`), by the recipe `fitted_by`
+    of recipes/train. reads: what else it asks of a run: the stored "keys" and "values", the model's "rotary" embedding.
+    takes_budget: False where it keeps and reads everything, so that a budget means nothing. heads_apart: whether each
+    key/value head is judged by its own tokens and attention alone, so that heads may lie on ranks apart; what such a
+    policy remembers of a layer are plain values, and tensors whose second dimension, if any, is the heads.
     """
 
     name: ClassVar[str]
     takes_budget: ClassVar[bool] = True
     calibrated: ClassVar[bool] = False
     heads_apart: ClassVar[bool] = False
+    fitted_by: ClassVar[str] = ""
     reads: ClassVar[tuple[str, ...]] = ()
 
     @property

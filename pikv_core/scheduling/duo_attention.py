@@ -34,6 +34,7 @@ class DuoAttention(Evictor):
     """
 
     calibrated: ClassVar[bool] = True
+    fitted_by: ClassVar[str] = "duo-gates"
     sinks: Annotated[int, Field(ge=0)] = 64
     recent: Annotated[int, Field(ge=1)] = 256
     streaming_prefill: bool = False

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from pikv_core.errors import PiKVError
 from pikv_core.observation import LayerRun
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.base import Evictor, Tokens
@@ -42,12 +41,7 @@ class ExpectedAttention(Evictor):
 
     def observe_queries(self, query: torch.Tensor, position: torch.Tensor, layer: LayerRun) -> None:
         """Merge the queries' number [B], mean [B,H,D] and centred scatter [B,H,D,D] into the layer's."""
-        if layer.rotary is None:
-            raise PiKVError(
-                f"policy '{self.name}' needs the rotary embedding of the model, and was told of none",
-                hint="call cache.attach(model); a model with learned positions needs another policy",
-            )
-        query = layer.rotary.unrotate(query, position, layer.index).float()
+        query = layer.rotary_for(self.name).unrotate(query, position, layer.index).float()
         counted = position >= self.sinks
         count = counted.sum(dim=1).float()
         share = (counted / count.clamp(min=1)[:, None])[:, None, :, None]

@@ -176,14 +176,62 @@ class DuoGateSettings(Section):
         return self
 
 
+class TokenScorerSettings(Section):
+    """How the networks of the policy `learned-scorer` are fitted to a trained model; lengths in tokens."""
+
+    length: Annotated[int, Field(ge=16)] = 1024  # of a sample
+    context: Annotated[float, Field(gt=0, lt=1)] = 0.75  # share of a sample that is scored; what follows it attends
+    samples: Positive = 32
+    width: Positive = 32  # of the hidden layer of each head's network
+    steps: Positive = 600
+    batch_tokens: Positive = 512  # a step, of each head
+    lr: Annotated[float, Field(gt=0)] = 0.01
+    text: list[str] = []  # around the needles, in place of the embedded corpus
+    column: str | None = None
+    log_every: Positive = 50
+    eval_samples: Positive = 16
+
+    @property
+    def num_context(self) -> int:
+        return max(1, int(self.context * self.length))
+
+
+class PolicyRouterSettings(Section):
+    """How the routers of the policy `moe-router` are trained beside a frozen model; lengths in tokens."""
+
+    strategies: Annotated[list[str], Field(min_length=2)] | None = None  # policies; by default moe-router's own
+    router: Literal["base", "pikv"] = "base"
+    calibration: list[str] = []  # folders that hold what calibrated strategies need
+    length: Annotated[int, Field(ge=16)] = 1024  # of a prompt and what follows it
+    context: Annotated[float, Field(gt=0, lt=1)] = 0.9  # share of it that is compressed; what follows measures the loss
+    budgets: Annotated[list[Share], Field(min_length=1)] = [0.5, 0.35, 0.2]  # shares of the context
+    samples: Positive = 48  # prompts, each under every budget
+    steps: Positive = 400
+    batch: Positive = 64  # lessons a step
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    balance: Annotated[float, Field(ge=0)] = 0.01  # weight of the balance over strategies
+    text: list[str] = []  # around the needles, in place of the embedded corpus
+    column: str | None = None
+    log_every: Positive = 50
+    eval_samples: Positive = 16
+
+    @property
+    def num_context(self) -> int:
+        return max(1, int(self.context * self.length))
+
+
 class ExportSettings(Section):
     """The architecture in which a trained model is told; its weights stay what they are."""
 
     to: Literal["mixtral", "qwen3_moe", "llama", "pikv"]
 
 
+WITH_START = ("duo_gates", "token_scorer", "policy_router", "export")
+
+
 class TrainRecipe(Recipe):
-    """A model to train, or one to learn head gates of, or to tell in another architecture, which `start` names."""
+    """A model to train, or one that `start` names: to fit a policy to, or to tell in another architecture."""
 
     verb: Literal["train"] = "train"
     model: ModelRecipe = ModelRecipe()
@@ -191,6 +239,8 @@ class TrainRecipe(Recipe):
     train: TrainSettings = TrainSettings()
     start: str | None = None  # a trained model's folder, its run folder, or a hub id
     duo_gates: DuoGateSettings | None = None
+    token_scorer: TokenScorerSettings | None = None
+    policy_router: PolicyRouterSettings | None = None
     export: ExportSettings | None = None
 
     @property
@@ -200,7 +250,7 @@ class TrainRecipe(Recipe):
     @property
     def _with_start(self) -> list[str]:
         """Name the sections given that say what is done with the model `start`, and train nothing of it."""
-        return [name for name in ("duo_gates", "export") if getattr(self, name) is not None]
+        return [name for name in WITH_START if getattr(self, name) is not None]
 
     @property
     def builds(self) -> bool:
@@ -211,7 +261,7 @@ class TrainRecipe(Recipe):
     def _only_what_counts(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         tree = handler(self)
         unused = ["model", "data", "train"] if self._with_start else ["start"]
-        unused += [name for name in ("duo_gates", "export") if getattr(self, name) is None]
+        unused += [name for name in WITH_START if getattr(self, name) is None]
         if not self.builds:
             unused.append("model")
         elif self.train.init_from is not None:  # whose sizes are those that are not given
@@ -223,11 +273,14 @@ class TrainRecipe(Recipe):
     def _gates_or_a_model(self) -> TrainRecipe:
         what = self._with_start
         if len(what) > 1:
-            raise PydanticCustomError("sizes", "duo_gates and export are two runs, one after the other")
+            text = f"{' and '.join(what)} are {len(what)} runs, one after the other"
+            raise PydanticCustomError("sizes", "{text}", {"text": text})
         if self.export is not None and self.start is None:
             raise PydanticCustomError("sizes", "export tells the trained model that start names: give --start RUN")
         if (self.start is None) != (not what):
-            text = "start and duo_gates go together: gates are learned from the trained model that start names"
+            fits = [name for name in WITH_START if name != "export"]
+            sections = f"{', '.join(fits[:-1])} or {fits[-1]}"
+            text = f"start and {sections} go together: they are fitted to the trained model that start names"
             text += "; recipes/train/duo-gates.yaml has both, and --export-only --to NAME exports that model"
             raise PydanticCustomError("sizes", "{text}", {"text": text})
         given = [name for name in ("model", "data", "train") if name in self.model_fields_set]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_calibration import gates, write
+from small_calibration import policies, write
 from small_models import CONFIGS, use_stock_attention
 
 from pikv_core.cache import PiKVCache
@@ -37,7 +37,7 @@ def generate(model, inputs, cache=None):
 @pytest.mark.parametrize("arch", CONFIGS)
 def test_full_budget_equals_the_stock_cache(small_model, batch, arch, policy, tmp_path):
     model = small_model(arch)
-    calibration = [write(model, tmp_path / "gates", [gates(model)])] if POLICIES[policy].calibrated else []
+    calibration = [write(model, tmp_path / "fitted", policies(model))] if POLICIES[policy].calibrated else []
     for rows in (slice(0, 1), slice(0, 3)):
         inputs = {name: x[rows] for name, x in batch.items()}
         use_stock_attention(model)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from operation_recorder import record
+from small_calibration import policies, write
 from small_models import CONFIGS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -33,9 +34,11 @@ def states(cache):
 
 @pytest.mark.parametrize("allocation", ["uniform", "ada-kv"])
 @pytest.mark.parametrize("name", STATIC)
-def test_replayed_steps_are_the_steps(small_model, name, allocation):
+def test_replayed_steps_are_the_steps(small_model, name, allocation, tmp_path):
     model, ids = small_model("llama"), torch.randint(1, 97, (2, 56), generator=torch.Generator().manual_seed(0))
-    cache = PiKVCache.for_model(model, {"policy": name, "budget": 24, "allocation": allocation})
+    calibration = [write(model, tmp_path / "fitted", policies(model))] if POLICIES[name].calibrated else []
+    recipe = {"policy": name, "budget": 24, "allocation": allocation, "calibration": calibration}
+    cache = PiKVCache.for_model(model, recipe)
     prefill(model, cache, ids[:, :40])
     expected = cache.fork()
     decode = ReplayedStep(model, cache, record)

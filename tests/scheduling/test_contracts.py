@@ -3,6 +3,7 @@
 import pytest
 import torch
 from scheduling.synthetic import NUM_LAYERS, World, observe_and_score
+from small_calibration import networks, routers
 
 from pikv_core.cache.rotary import Rotary
 from pikv_core.components import Component, build
@@ -17,7 +18,8 @@ def world(small_model):
     world = World(head_dim=16)
     world.rotary = Rotary.of(small_model("llama"))
     gates = torch.rand(NUM_LAYERS, world.num_heads, generator=torch.Generator().manual_seed(0))
-    world.fitted = {"gates": gates}
+    shape = NUM_LAYERS, world.num_heads, 16
+    world.fitted = {"gates": gates, **networks(*shape), **routers(NUM_LAYERS, 16)}
     return world
 
 

@@ -257,8 +257,8 @@ def test_an_interrupted_run_says_so_and_is_not_resumed(tmp_path, model, source):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["start=DIR"], "start and duo_gates go together"),
-        (["duo_gates.steps=3"], "start and duo_gates go together"),
+        (["start=DIR"], "start and duo_gates, token_scorer or policy_router go together"),
+        (["duo_gates.steps=3"], "start and duo_gates, token_scorer or policy_router go together"),
         (["start=DIR", "duo_gates.length=320"], "length must exceed sinks \\+ recent, 320"),
         (["start=DIR", "duo_gates={}", "model.num_layers=2"], "model: nothing of the model itself"),
         (["start=DIR", "duo_gates={}", "train.lr=0.1", "data.text=[x]"], "data, train: nothing of the model itself"),

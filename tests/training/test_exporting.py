@@ -439,7 +439,7 @@ def test_other_logits_are_an_error_and_leave_nothing(tmp_path, monkeypatch):
         (["--export-only", "--to", "qwen3_moe", "--start", "ours"], "it does not norm queries and keys"),
         (["--export-only", "--to", "mixtral", "--start", "ours", "--recipe", "train.yaml"], "model, train: nothing"),
         (["--export-only", "--to", "mixtral", "--start", "ours", "--dtype", "bfloat16"], "keeps the stored dtype"),
-        (["--export-only", "--to", "mixtral", "--start", "ours", "--set", "duo_gates={}"], "are two runs"),
+        (["--export-only", "--to", "mixtral", "--start", "ours", "--set", "duo_gates={}"], "are 2 runs"),
         (["--export-only", "--to", "mixtral", "--resume", "ours"], "no run to go on with"),
         (["--start", "ours"], "--export-only --to NAME exports that model"),
     ],

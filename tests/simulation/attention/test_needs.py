@@ -6,6 +6,7 @@ import pytest
 import torch
 from scheduling.synthetic import NUM_LAYERS, World, make_tokens, show
 from simulation.attention.recorded import NUM_PROMPT, record
+from small_calibration import networks, routers
 
 from pikv_core.cache.rotary import Rotary
 from pikv_core.components import Component, build
@@ -29,7 +30,9 @@ def score(policy, told, small_model):
     world = World(head_dim=16)
     world.rotary = Rotary.of(small_model("llama")) if "rotary" in told else None
     gates = torch.rand(NUM_LAYERS, world.num_heads)
-    world.fitted = {"gates": gates} if "calibration" in told else {}
+    shape = NUM_LAYERS, world.num_heads, 16
+    fitted = {"gates": gates, **networks(*shape), **routers(NUM_LAYERS, 16)}
+    world.fitted = fitted if "calibration" in told else {}
     for run in world.layer_runs():
         columns = show(policy, world, run)
 

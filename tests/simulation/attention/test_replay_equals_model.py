@@ -18,7 +18,7 @@ from pikv_core.simulation.attention.replay import Replay
 from pikv_core.simulation.attention.trace import load
 from pikv_core.simulation.attention.writer import AttentionWriter
 
-REFUSED = {"duo-attention", "expected-attention", "kvzip"}
+REFUSED = {"duo-attention", "expected-attention", "kvzip", "learned-scorer", "moe-router"}
 OPTIONS = {"snapkv": {"window": 8}, "quest": {"page_tokens": 8, "dense_layers": 0}}
 
 

@@ -1,0 +1,228 @@
+"""A router over strategies: for each layer and prompt a learnt mixture of other policies decides what stays.
+
+Shapes: B batch, L layers, G key/value heads, S stored tokens, D head dim, E strategies, K of them chosen, F features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from pikv_core.components import Component, build
+from pikv_core.errors import PiKVError, UsageError
+from pikv_core.observation import Rows
+from pikv_core.scheduling import POLICIES
+from pikv_core.scheduling.base import Evictor, Tokens
+
+if TYPE_CHECKING:
+    import torch
+
+    from pikv_core.moe.router import Router
+
+MASS = "attention"
+WEIGHTS, GIVEN = "moe-router/weights", "moe-router/given"
+ROUTER = "router/"  # in the names of a calibration's tensors: what is the router's, one for each layer
+WINDOW = 64  # newest queries of a prompt whose attention the router looks at
+ODD = 16  # keys of a head that are looked at because they are least like the others
+TINY = 1e-6  # keeps quotients and logarithms finite
+
+Columns = Mapping[str, "torch.Tensor"]
+
+
+@POLICIES.register("moe-router")
+@dataclass(frozen=True)
+class MoERouter(Evictor):
+    """Keep what the best of several policies would keep, by a router that was trained on what each of them loses.
+
+    A router for each layer (`router`: one of the routers of mixtures of experts) looks once, at the end of the prompt,
+    at the mean key and the oddest ones, the longest value, how even attention is, the length and the budget. With
+    `top_k` above 1 the ranks that the strategies give the tokens are mixed by the router's weights. Every strategy has
+    the whole budget. What the routers and the strategies have learnt is in `LayerRun.fitted`. `LayerRun.own` tells the
+    weights [B,E] that were taken, and may give others beforehand.
+    """
+
+    calibrated: ClassVar[bool] = True
+    fitted_by: ClassVar[str] = "policy-router"
+    decides_once: ClassVar[bool] = True
+    listed: ClassVar[str] = "strategies"  # what `moe-router:snapkv+semantic` names
+    strategies: tuple[str, ...] = ("aggressive", "moderate", "conservative", "snapkv", "semantic", "temporal")
+    router: Literal["base", "pikv"] = "base"
+    top_k: Annotated[int, Field(ge=1)] = 1
+    members: ClassVar[dict[str, Evictor]]
+
+    def __post_init__(self) -> None:
+        if len(set(self.strategies)) < max(2, len(self.strategies), self.top_k):
+            raise UsageError(
+                f"policy '{self.name}' needs two different strategies or more, and top_k of them at least, "
+                f"got '{'+'.join(self.strategies)}' and top_k {self.top_k}",
+                hint=f"for example {self.name}:snapkv+semantic",
+            )
+        for name in self.strategies:
+            reason = unfit(POLICIES[name])
+            if reason:
+                fit = ", ".join(known for known in POLICIES.names() if not unfit(POLICIES[known]))
+                raise UsageError(f"policy '{name}' {reason}, which a router cannot use", hint=f"it takes: {fit}")
+        members = {name: build(POLICIES, Component(name)) for name in self.strategies}
+        own = [_own(name, column) for name, member in members.items() for column in member.columns]
+        object.__setattr__(self, "members", members)
+        object.__setattr__(self, "columns", (MASS, *own))
+        object.__setattr__(self, "reads", tuple({"keys", "values", "rotary", *_all_reads(members)}))
+
+    @property
+    def observes(self) -> int:
+        return max(WINDOW, *(member.observes for member in self.members.values()))
+
+    def observe(self, columns: Columns, rows: Rows) -> None:
+        for name, member in self.members.items():
+            seen = rows.newest(member.observes) if member.observes else None
+            if seen is not None:
+                member.observe(_columns_of(name, columns), seen)
+        newest = rows.newest(WINDOW)
+        if newest is not None:
+            if newest.is_first:
+                columns[MASS].zero_()
+            columns[MASS].add_(newest.column_sums())
+
+    def score(self, tokens: Tokens) -> torch.Tensor:
+        import torch
+
+        weights = self.choose(tokens)
+        tokens.layer.own[WEIGHTS] = weights
+        own = weights[tokens.row.to(weights.device)]
+        mixed = torch.zeros(tokens.position.shape, device=tokens.position.device)
+        for name, weight in zip(self.strategies, own.unbind(dim=-1)):
+            if bool(weight.any()):
+                mixed += weight[:, None, None] * ranks(self.member_score(name, tokens), tokens.position)
+        return mixed
+
+    def choose(self, tokens: Tokens) -> torch.Tensor:
+        """Return the weights [B,E] of the strategies, which sum to 1; those given beforehand come first."""
+        import torch
+
+        if GIVEN in tokens.layer.own:
+            return tokens.layer.own[GIVEN]
+        x, fitted, layer = features(tokens), tokens.layer.fitted, tokens.layer
+        expected = (layer.num_layers, x.shape[-1])
+        if tuple(fitted["feature_mean"].shape) != expected:
+            raise PiKVError(
+                f"policy '{self.name}' has routers for layers and features {tuple(fitted['feature_mean'].shape)}, "
+                f"the model has {expected}",
+                hint="give the calibration that was made for this model",
+            )
+        mean, scale = (fitted[name][layer.index].to(x.device) for name in ("feature_mean", "feature_scale"))
+        with torch.no_grad():
+            routing = self.router_of(fitted, layer.index, x.device).route(normalised(x, mean, scale), None)
+        return torch.zeros(len(x), len(self.strategies), device=x.device).scatter(1, routing.experts, routing.weights)
+
+    def router_of(self, fitted: Mapping[str, torch.Tensor], layer: int, device: Any) -> Router:
+        """Return a layer's router as it was learnt."""
+        state = {name.removeprefix(ROUTER): x[layer] for name, x in fitted.items() if name.startswith(ROUTER)}
+        router = new_router(self.router, state["weight"].shape[1], len(self.strategies), self.top_k)
+        router.load_state_dict(state)
+        return router.to(device).eval()
+
+    def member_score(self, name: str, tokens: Tokens) -> torch.Tensor:
+        """Return what a strategy makes of the tokens [B,G,S]."""
+        learnt = {
+            key.removeprefix(f"{name}/"): x for key, x in tokens.layer.fitted.items() if key.startswith(f"{name}/")
+        }
+        layer = dataclasses.replace(tokens.layer, fitted=learnt)
+        columns = dict(_columns_of(name, tokens.columns))
+        return self.members[name].score(dataclasses.replace(tokens, columns=columns, layer=layer))
+
+
+def features(tokens: Tokens) -> torch.Tensor:
+    """Return float32 [B,F] of the tokens of a row: means and extremes over heads, what the prompt is, and a 1.
+
+    Of a head's keys before their rotation: the mean direction, that of the ODD keys least like it, and their cosine.
+    """
+    import torch
+    from torch.nn import functional
+
+    layer, position = tokens.layer, tokens.position
+    is_token = position >= 0
+    counted = is_token.sum(dim=-1).clamp(min=1)  # [B,G]
+    plain = layer.rotary_for(MoERouter.name).unrotate(tokens.keys().float(), position.clamp(min=0), layer.index)
+    direction = functional.normalize(plain, dim=-1).masked_fill(~is_token[..., None], 0.0)
+    mean = direction.sum(dim=2) / counted[..., None]
+    likeness = (direction * functional.normalize(mean, dim=-1)[:, :, None]).sum(dim=-1)
+    odd = likeness.masked_fill(~is_token, torch.inf).topk(min(ODD, position.shape[-1]), dim=-1, largest=False)
+    num_odd = counted.clamp(max=ODD)
+    odd_likeness = odd.values.masked_fill(odd.values == torch.inf, 0.0).sum(dim=-1) / num_odd
+    chosen = odd.indices[..., None].expand(*odd.indices.shape, direction.shape[-1])
+    odd_mean = direction.gather(2, chosen).sum(dim=2) / num_odd[..., None]
+    length = tokens.values().float().norm(dim=-1).masked_fill(~is_token, 0.0)
+    usual = (length.sum(dim=-1) / counted).clamp(min=TINY)
+    share = tokens.columns[MASS].masked_fill(~is_token, 0.0)
+    share = share / share.sum(dim=-1, keepdim=True).clamp(min=TINY)
+    evenness = torch.special.entr(share).sum(dim=-1) / counted.float().log().clamp(min=TINY)
+    of_heads = torch.stack([odd.values[..., 0], odd_likeness, length.amax(dim=-1) / usual, evenness], dim=-1)
+    seen = tokens.num_seen.float().clamp(min=1)
+    kept = (tokens.capacity.float().mean(dim=1) / seen).clamp(min=TINY, max=1)
+    of_prompt = torch.stack([seen.log(), kept.log(), torch.ones_like(seen)], dim=-1)
+    pooled = [x.mean(dim=1) for x in (mean, odd_mean, of_heads)]
+    x = torch.cat([*pooled, of_heads.amax(dim=1), of_prompt], dim=-1)
+    assert x.shape[-1] == num_features(plain.shape[-1])
+    return x
+
+
+def num_features(head_dim: int) -> int:
+    """Return F of a layer with heads of so many channels."""
+    return 2 * head_dim + 11
+
+
+def normalised(x: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return features [...,F] around 0 but for the last, which is 1."""
+    import torch
+
+    return torch.cat([((x - mean) * scale)[..., :-1], x[..., -1:]], dim=-1)
+
+
+def new_router(kind: str, num_features: int, num_strategies: int, top_k: int) -> Router:
+    """Return an untrained router of a kind that `moe-router` takes."""
+    from pikv_core.moe.routers import ROUTERS
+
+    return ROUTERS[kind](num_features, num_strategies, top_k)
+
+
+def ranks(score: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Return the tokens' order [B,G,S] by score, older first on ties, from 0 to 1; empty slots come first."""
+    import torch
+
+    score = score.masked_fill(position < 0, -torch.inf)
+    by_age = position.argsort(dim=-1, stable=True)
+    rank = by_age.gather(-1, score.gather(-1, by_age).argsort(dim=-1, stable=True)).argsort(dim=-1).float()
+    empty = (position < 0).sum(dim=-1, keepdim=True)
+    return (rank - empty) / (position.shape[-1] - empty).clamp(min=1)
+
+
+def unfit(policy: Any) -> str | None:
+    """Return why a policy cannot be a strategy, None where it can."""
+    if not issubclass(policy, Evictor):
+        return "drops no tokens"
+    if policy.name in (MoERouter.name, "switch"):
+        return "chooses among policies itself"
+    if policy.looks is not None:
+        return "has to be shown more than the prompt"
+    if policy.sees_queries:
+        return "learns from queries"
+    if policy.capacity is not Evictor.capacity:
+        return "has budgets of its own"
+    return None
+
+
+def _all_reads(members: Mapping[str, Evictor]) -> set[str]:
+    return {name for member in members.values() for name in member.reads}
+
+
+def _own(name: str, column: str) -> str:
+    return f"{name}.{column}"
+
+
+def _columns_of(name: str, columns: Columns) -> Columns:
+    """Return a strategy's columns under the names it knows."""
+    return {key.removeprefix(_own(name, "")): x for key, x in columns.items() if key.startswith(_own(name, ""))}

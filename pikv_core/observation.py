@@ -35,22 +35,22 @@ class LayerRun:
 
     own: memory of this layer, shared: of all layers of the cache (keys by member, such as "fastv"); both live as long
     as the cache's tokens, and the first dimension of a tensor in them is the batch. rotary: the model's rotary
-    embedding, routing: who tells the experts of its tokens; None before `cache.attach(model)` or where it has none.
-    fitted: tensors of the policy's calibration, for all layers. events: what is worth a line in the report. first_head:
-    of a layer that is split over ranks by heads, which is the first one here. reads: where to count what is read, None
-    for nowhere.
+    embedding, None before `cache.attach(model)` or where it has none. fitted: tensors of the policy's calibration, for
+    all layers. events: what is worth a line in the report. first_head: of a layer that is split over ranks by heads,
+    which is the first one here. routing: who tells the experts of the model's tokens, None where nobody asked. reads:
+    where to count what is read, None for nowhere.
     """
 
     index: int
     num_layers: int
     num_kv_heads: int = 0
     rotary: Any = None
-    routing: Any = None
     fitted: Mapping[str, torch.Tensor] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     first_head: int = 0
+    routing: Any = None
     reads: Reads | None = None
 
     def rotary_for(self, policy: str) -> Any:

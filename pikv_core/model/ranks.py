@@ -63,8 +63,9 @@ class Ranks:
                     hint="give --split heads or --split tokens, or start one process without torchrun",
                 )
             dist.init_process_group(backend, store=store, rank=rank, world_size=count)
-            yield cls(split, Wire(rank, count))
-            dist.barrier()
+            with _told_to_end(rank, hint):
+                yield cls(split, Wire(rank, count))
+                dist.barrier()
             dist.destroy_process_group()
 
     @property
@@ -133,14 +134,8 @@ class Agreement(StoppingCriteria):
 @contextmanager
 def _told_once(rank: int, store: Any, hint: str) -> Iterator[None]:
     """Let one rank alone tell why all of them end."""
-
-    def end(number: int, frame: Any) -> None:
-        raise PiKVError(f"rank {rank}: torchrun ends the run: another rank is lost, or it was told to", hint=hint)
-
-    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
-        signal.signal(signal.SIGTERM, before)
     except PiKVError as error:
         _end(store, error, rank if isinstance(error, UsageError) else None)
         raise
@@ -150,6 +145,18 @@ def _told_once(rank: int, store: Any, hint: str) -> Iterator[None]:
         lost = PiKVError(f"rank {rank}: another rank is lost, and the run ends", hint=hint)
         _end(store, lost)
         raise lost from error
+
+
+@contextmanager
+def _told_to_end(rank: int, hint: str) -> Iterator[None]:
+    """Make an error of torchrun's SIGTERM; it stays so after one."""
+
+    def end(number: int, frame: Any) -> None:
+        raise PiKVError(f"rank {rank}: torchrun ends the run: another rank is lost, or it was told to", hint=hint)
+
+    before = signal.signal(signal.SIGTERM, end)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def _end(store: Any, error: PiKVError, rank: int | None = None) -> None:

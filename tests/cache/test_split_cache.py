@@ -13,7 +13,7 @@ from pikv_core.model.steps import feed, prefill, step
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.base import Evictor
 
-PROMPT, STEPS = 100, 24
+PROMPT, STEPS = 72, 16
 INT8 = {"name": "int8", "group": 32, "residual": 16}
 APART = [name for name in POLICIES.names() if POLICIES[name].heads_apart]
 
@@ -63,7 +63,7 @@ def assert_same_tokens_held(whole, caches, split):
 
 
 def recipe_of(policy, codec="none"):
-    budget = {"full": 1.0, "quest": 64, "kvzip": 64, "snapkv": 64}.get(policy, 48)
+    budget = {"full": 1.0, "quest": 48}.get(policy, 40)
     return {"policy": policy, "budget": budget, "codec": codec}
 
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 import transformers
 from small_models import SMALL
+from thread_ranks import on_ranks
 
 from pikv_cli import app
 from pikv_core.data.recall import Recall
 from pikv_core.errors import PiKVError, UsageError
-from pikv_core.model.ranks import _told_once
+from pikv_core.model.ranks import Agreement, _told_once
 from pikv_core.runs import Reporter
 
 PROMPT = " ".join(f"f{number} k{number % 7} v{number % 5}" for number in range(40))
@@ -166,6 +167,17 @@ def test_a_mistake_in_the_call_is_the_first_rank_s_to_tell():
     assert outcome(1, store, mistake).code == 2  # what the command line does not print for this rank
     other = outcome(1, Store(), mistake)  # the first rank has not made it
     assert (type(other), other.message) == (PiKVError, "no such policy")
+
+
+def test_ranks_that_come_to_different_tokens_end_together():
+    def agree(wire):
+        agreement = Agreement(wire)
+        agreement(torch.tensor([[5, 6, 7]]), None)
+        with pytest.raises(PiKVError, match=r"the ranks part after 4 tokens: .* \[\[8\], \[8\], \[9\]\]"):
+            agreement(torch.tensor([[5, 6, 7, 9 if wire.rank == 2 else 8]]), None)
+        return agreement.received_bytes
+
+    assert on_ranks(3, agree) == [[16]] * 3
 
 
 @pytest.mark.slow

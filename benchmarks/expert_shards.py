@@ -211,8 +211,8 @@ def section(found: dict[str, Any]) -> list[str]:
     return [
         HEADING,
         "",
-        f"Recall of {num_queries:,} questions, asked after the context of {CONTEXT_TOKENS:,} tokens was read; bytes read "
-        "while they were asked, selectors' bounds and centroids included, and bytes held, as shares of the full "
+        f"Recall of {num_queries:,} questions, asked after the context of {CONTEXT_TOKENS:,} tokens was read; bytes "
+        "read while they were asked, selectors' bounds and centroids included, and bytes held, as shares of the full "
         "cache's in the same run; float32, every layer selects. All shards are the full attention. quest has the "
         "budget in tokens under which it reads as much as the shards it is named after. Made by "
         f"`benchmarks/expert_shards.py` on {found['machine']}, commit {found['commit']}.",

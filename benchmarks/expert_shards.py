@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from peers.report import machine
 from results_page import ROOT, commit, put_section
-from timing import in_turn, quartiles, random_llama
+from timing import between, in_turn, quartiles, random_llama
 
 from pikv_core import recipes
 from pikv_core.cache import PiKVCache
@@ -67,7 +67,8 @@ class Bench:
         found = self._measure(cache, self._work)
         full = found if method == "full" else self.full
         shares = {f"{what}_share": found[f"{what}_bytes"] / full[f"{what}_bytes"] for what in ("read", "held")}
-        row = {"model": self.name, "method": method, "cache": cache, "num_queries": self.num_queries, **found, **shares}
+        told = {key: value for key, value in cache.items() if key != "calibration"}  # a folder of this machine's
+        row = {"model": self.name, "method": method, "cache": told, "num_queries": self.num_queries, **found, **shares}
         store({"rows": [*known, row]})
         print(f"{self.name}: {method}: recall {row['recall']:.4f}, {shares}", flush=True)
         return row
@@ -167,13 +168,28 @@ def times(text: Bench, rounds: int) -> list[dict[str, Any]]:
             prefill(text.loaded.model, cache, ids)
         found = timed(text.loaded.model, short, rounds, CONTEXT_TOKENS)
         model = random_llama(2, LONG_TOKENS)
-        caches["quest"] = {"policy": QUEST, "budget": int(as_much["cache"]["budget"] / CONTEXT_TOKENS * LONG_TOKENS)}
-        long = {name: PiKVCache.for_model(model, cache) for name, cache in caches.items()}
-        for layer in range(model.config.num_hidden_layers):
-            keys, values = torch.randn(2, 1, model.config.num_key_value_heads, LONG_TOKENS, model.config.head_dim)
-            for cache in long.values():
-                cache.own_layers[layer].append(keys, values)
+        full, shards = (filled(model, caches[name]) for name in ("full", TWO))
+        whole = read_bytes(model, full)
+        bounds = whole / 16  # of quest's pages of 16 tokens: two vectors for each
+        caches["quest"] = {"policy": QUEST, "budget": int((read_bytes(model, shards) - bounds) / whole * LONG_TOKENS)}
+        long = {"full": full, "quest": filled(model, caches["quest"]), TWO: shards}
         return found + timed(model, long, rounds, LONG_TOKENS)
+
+
+def filled(model: Any, cache: dict[str, Any]) -> PiKVCache:
+    """Return a cache of drawn keys and values, the same for all caches."""
+    made, generator = PiKVCache.for_model(model, cache), torch.Generator().manual_seed(0)
+    shape = (2, 1, model.config.num_key_value_heads, LONG_TOKENS, model.config.head_dim)
+    for layer in made.own_layers:
+        layer.append(*torch.randn(shape, generator=generator))
+    return made
+
+
+def read_bytes(model: Any, cache: PiKVCache) -> int:
+    """Return what one more token reads."""
+    reads = cache.count_reads()
+    step(model, cache, torch.zeros(1, dtype=torch.long))
+    return reads.num_bytes
 
 
 def timed(model: Any, caches: dict[str, PiKVCache], rounds: int, num_tokens: int) -> list[dict[str, Any]]:
@@ -181,11 +197,7 @@ def timed(model: Any, caches: dict[str, PiKVCache], rounds: int, num_tokens: int
     token = torch.zeros(1, dtype=torch.long)
     runs = {name: lambda cache=cache: step(model, cache, token) for name, cache in caches.items()}
     found = in_turn(runs, rounds, 4, time.process_time)
-    reads = {}
-    for name, cache in caches.items():
-        count = cache.count_reads()
-        step(model, cache, token)
-        reads[name] = count.num_bytes
+    reads = {name: read_bytes(model, cache) for name, cache in caches.items()}
     return [
         {"num_tokens": num_tokens, "method": name, "read_bytes": reads[name], **quartiles(seen)}
         for name, seen in found.items()
@@ -211,8 +223,8 @@ def section(found: dict[str, Any]) -> list[str]:
     return [
         HEADING,
         "",
-        f"Recall of {num_queries:,} questions, asked after the context of {CONTEXT_TOKENS:,} tokens was read; bytes read "
-        "while they were asked, selectors' bounds and centroids included, and bytes held, as shares of the full "
+        f"Recall of {num_queries:,} questions, asked after the context of {CONTEXT_TOKENS:,} tokens was read; bytes "
+        "read while they were asked, selectors' bounds and centroids included, and bytes held, as shares of the full "
         "cache's in the same run; float32, every layer selects. All shards are the full attention. quest has the "
         "budget in tokens under which it reads as much as the shards it is named after. Made by "
         f"`benchmarks/expert_shards.py` on {found['machine']}, commit {found['commit']}.",

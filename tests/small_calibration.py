@@ -41,11 +41,11 @@ def policies(model):
     return [gates(model), *(calibration.Member(name, "policy", {}, tensors) for name, tensors in learned.items())]
 
 
-def codecs(model):
-    """Return every calibrated codec, fitted to what the model makes of random tokens."""
+def codecs(model, names=None):
+    """Return every calibrated codec, or those named, fitted to what the model makes of random tokens."""
     samples = collect(model, torch.randint(1, 97, (2, 192), generator=torch.Generator().manual_seed(12)), 2)
     members = []
-    for name in CODECS.names():
+    for name in names or CODECS.names():
         codec = build(CODECS, Component(name))
         if codec.calibrated:
             fitted = codec.fit(samples)

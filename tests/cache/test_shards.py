@@ -7,19 +7,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 from single_layer import single_layer
+from small_calibration import codecs, write
 
 from pikv_core.cache import PiKVCache
 from pikv_core.cache.clusters import assign
+from pikv_core.cache.store import Store
 from pikv_core.compression.int8 import Int8
+from pikv_core.compression.none import Plain
 from pikv_core.errors import UsageError
 from pikv_core.model.steps import feed
 from pikv_core.observation import LayerRun, Reads
 from pikv_core.scheduling.expert_shards import ExpertShards
 from pikv_core.scheduling.quest import Quest
+from pikv_kernels.attend_tokens import attend_pages
 
 B, H, G, D = 2, 4, 2, 16
 R = H // G
-ROUTED = {"dense_layers": 0, "by": "router", "sinks": 4, "newest": 24, "page_tokens": 8}
+ROUTED = {"dense_layers": 0, "by": "router", "sinks": 4, "newest": 24}
 
 
 def routed_layer(selector, num_prompt, budget=1.0):
@@ -93,7 +97,7 @@ def test_every_token_is_stored_once_in_pages_of_its_shard():
             assert sorted(position[b, g][real].tolist()) == list(range(170))
             for found, exact in ((keys, held[0]), (values, held[1])):
                 assert torch.equal(found[b, g][real], exact[b, g][position[b, g][real].long()])
-            for page in layer.lanes[0].body.position[b, g].split(8):
+            for page in layer.lanes[0].body.position[b, g].split(16):
                 assert len({*expert[b][page[page >= 0].long()].tolist()}) <= 1
     assert layer.resident_bytes >= sum(x.nbytes for store in layer.lanes[0].stores for x in store._encoded.values())
 
@@ -139,7 +143,22 @@ def test_reads_are_counted():
     one_more()
     chose = B * G * 6 * (2 * D * 4 + 8) + layer.run.own["shards"]["shard_of_page"].nbytes
     assert reads.num_bytes == reads.slow_bytes + B * G * tail * 2 * D * 4 + chose
-    assert reads.slow_bytes % (8 * 2 * D * 4) == 0 and reads.slow_bytes > 0
+    assert reads.slow_bytes % (16 * 2 * D * 4) == 0 and reads.slow_bytes > 0
+
+
+@pytest.mark.parametrize("backend", ["numba", "triton"])
+def test_pages_that_are_none_are_not_read(backend):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 2, R, D, generator=generator)
+    keys, values = torch.randn(2, 1, 2, 44, D, generator=generator).unbind(0)
+    visible = torch.rand(1, 2, 1, 44, generator=generator) > 0.2
+    pages = torch.tensor([[[2, -1, 0], [-1, 1, -1]]])
+    part = attend_pages(query, keys, values, pages, 16, visible, 0.25, None, backend=backend)
+    store = Store(Plain())
+    store.append(keys, values, torch.where(visible[:, :, 0], torch.arange(44), -1))
+    picked = store.pages(pages, 16)
+    expected = picked.attend(query, (picked.position >= 0)[:, :, None], 0.25, None, False)
+    assert (part.output - expected.output).abs().max() < 1e-5 and (part.lse - expected.lse).abs().max() < 1e-5
 
 
 def test_latency_takes_reads_from_slow_shards():
@@ -240,10 +259,8 @@ def num_listened(model):
 
 
 def test_low_rank_shards_are_those_of_the_codec(small_model, tmp_path):
-    from small_calibration import codecs, write
-
     model = small_model("llama")
-    folder = write(model, tmp_path / "fitted", codecs(model))
+    folder = write(model, tmp_path / "fitted", codecs(model, ["svd"]))
     ids = torch.randint(1, 97, (1, 121), generator=torch.Generator().manual_seed(5))
     policy = {"name": "expert-shards", "top_shards": 8, "newest": 16}
     cache = PiKVCache.for_model(model, {"policy": policy, "codec": "svd", "calibration": [folder]})

@@ -205,3 +205,6 @@ def test_cost_is_of_the_prompt_and_the_tokens_after_it(loaded):
     assert full.full_bytes == half.full_bytes == 2 * 4 * heads * layers * head_dim * (60 + NUM_STEPS)
     assert full.resident_bytes >= full.full_bytes and half.resident_bytes < 0.65 * full.resident_bytes
     assert full.ms_per_token > 0 and full.prefill_ms > 0 and full.events == []
+    read = 2 * 4 * heads * layers * head_dim * (60 + NUM_STEPS + (NUM_STEPS + 1) / 2)  # each step's own token too
+    assert full.read_bytes_per_token == round(read) and full.slow_read_share == 0
+    assert 0.45 * read < half.read_bytes_per_token < 0.65 * read

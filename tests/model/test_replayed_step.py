@@ -14,7 +14,6 @@ from pikv_core.errors import UsageError
 from pikv_core.model.replayed_step import ReplayedStep, replaying
 from pikv_core.model.steps import feed, prefill, step
 from pikv_core.scheduling import POLICIES
-from pikv_core.scheduling.base import Evictor
 from pikv_kernels.backends import forced
 
 NAMES = [name for name in POLICIES.names() if name != "oracle"]  # which has to be told what comes
@@ -100,7 +99,7 @@ def test_policies_whose_steps_differ_are_refused_by_name(small_model, name):
     policy = POLICIES[name]
     if policy.calibrated:
         pytest.skip("refused before, without its calibration")
-    budget = 24 if issubclass(policy, Evictor) or name != "full" else 1.0
+    budget = 24 if policy.takes_budget else 1.0
     options = {"name": name, "dense_layers": 0} if name == "quest" else {"name": name}
     cache = PiKVCache.for_model(small_model("llama"), {"policy": options, "budget": budget})
     with pytest.raises(UsageError, match=f"policy '{name}'") as error:

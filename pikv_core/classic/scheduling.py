@@ -21,6 +21,7 @@ from pikv_core.compression.none import Plain
 from pikv_core.errors import UsageError
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.base import Evictor, Policy, Selector
+from pikv_core.scheduling.flexgen import FlexGen
 from pikv_core.schema import CacheRecipe
 
 METADATA = ("queries", "positions", "layer_idx")
@@ -52,6 +53,11 @@ class CacheSchedulingManager:
             raise UsageError(
                 f"policy '{name}' goes by what only a model can tell it",
                 hint="run it in a model's cache: PiKVCache.for_model(model, {'policy': ...})",
+            )
+        if isinstance(self.policy, FlexGen):
+            raise UsageError(
+                f"policy '{name}' places a model's cache over tiers, and drops nothing",
+                hint="run it in a model's cache: PiKVCache.for_model(model, {'policy': 'flexgen'})",
             )
         self._budget = recipe.budget
         self._layers: dict[int, CacheLayer] = {}

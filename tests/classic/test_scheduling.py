@@ -41,6 +41,7 @@ def test_a_policy_keeps_the_cache_size_or_says_why_not(policy):
             "duo-attention",
             "expected-attention",
             "fastv",
+            "flexgen",
             "kvzip",
             "learned-scorer",
             "moe-router",

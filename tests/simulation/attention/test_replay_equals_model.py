@@ -47,13 +47,14 @@ def test_what_a_trace_holds_decides_what_it_serves(traces):
 @pytest.mark.parametrize("budget", [0.3, 14, 1])
 @pytest.mark.parametrize("name", [name for name in replayable() if not issubclass(POLICIES[name], Selector)])
 def test_the_first_layer_holds_the_same_tokens_after_every_step(name, budget, small_model, traces):
-    if name == "full" and budget != 1:
-        pytest.skip("full takes no budget")
+    takes_budget = POLICIES[name].takes_budget
+    if not takes_budget and budget != 1:
+        pytest.skip("it takes no budget")
     if name == "fastv":
         budget = {0.3: 0.8, 14: 60, 1: 50}[budget]
     if (name, budget) == ("keydiff", 1):
         pytest.skip("two keys are equally far from their mean")
-    share = 1.0 if name == "full" else budget
+    share = budget if takes_budget else 1.0
     recipe = CacheRecipe(policy=Component(name, OPTIONS.get(name, {})), budget=share)
     replay = Replay(traces("llama"), recipe)
     real = run(small_model("llama"), recipe)

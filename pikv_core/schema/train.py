@@ -205,11 +205,12 @@ class PolicyRouterSettings(Section):
     length: Annotated[int, Field(ge=16)] = 1024  # of a prompt and what follows it
     context: Annotated[float, Field(gt=0, lt=1)] = 0.9  # share of it that is compressed; what follows measures the loss
     budgets: Annotated[list[Share], Field(min_length=1)] = [0.5, 0.35, 0.2]  # shares of the context
-    samples: Positive = 48  # prompts, each under every budget
+    samples: Positive = 36  # prompts, each under every budget
     steps: Positive = 400
     batch: Positive = 64  # lessons a step
     lr: Annotated[float, Field(gt=0)] = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    noise: Annotated[float, Field(ge=0)] = 2.0  # on features, in their standard deviations: what is unsure stays safe
     balance: Annotated[float, Field(ge=0)] = 0.01  # weight of the balance over strategies
     text: list[str] = []  # around the needles, in place of the embedded corpus
     column: str | None = None

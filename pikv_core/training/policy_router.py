@@ -3,7 +3,7 @@
 What a strategy costs in a layer is measured: the KL divergence of the next tokens behind the context from the full
 cache's, where that layer alone keeps what the strategy says. The router's loss is the cost that it expects, once over
 the layer's mean, which prompts on which much is lost dominate, and once over the prompt's own; and the balance of a
-mixture of experts.
+mixture of experts. Noise on the features makes a choice that costs much where it is wrong one that has to be sure.
 Shapes: L layers, N lessons (a prompt under one budget), E strategies, F features, B prompts at a time, T tokens.
 """
 
@@ -31,7 +31,7 @@ from pikv_core.training.held_tokens import held_tokens
 from pikv_core.training.interrupt import Interrupt
 from pikv_core.training.needles import Needles
 
-AT_A_TIME = 4  # prompts
+AT_A_TIME = 2  # prompts; those drawn together have as many needles
 LEAST_COST = 1e-6  # nats, so that prompts on which nothing is lost stay finite
 LEAST_SPREAD = 1e-6  # of a feature
 EVALUATION_SEED = 20_263
@@ -191,7 +191,9 @@ def learn(
         drawn = torch.randint(x.shape[1], (min(settings.batch, x.shape[1]),))
         losses = []
         for layer, router in enumerate(routers):
-            routing = router.route(x[layer, drawn], None)
+            noise = settings.noise * torch.randn(len(drawn), x.shape[-1]) * x.shape[-1] ** -0.5
+            noise[:, -1] = 0
+            routing = router.route(x[layer, drawn] + noise, None)
             expected = (routing.probs * cost[layer, drawn]).sum(dim=-1).mean()
             losses.append(expected + settings.balance * routing.losses["balance"])
         loss = torch.stack(losses).mean()

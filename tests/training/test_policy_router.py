@@ -23,7 +23,7 @@ from pikv_core.schema import PolicyRouterSettings
 from pikv_core.training import policy_router
 
 TASK = Recall(num_keys=16, num_values=8, num_filler=16)
-SETTINGS = PolicyRouterSettings(length=64, budgets=[0.4], samples=4, eval_samples=4, steps=120)
+SETTINGS = PolicyRouterSettings(length=64, budgets=[0.4], samples=4, eval_samples=4, steps=120, noise=0.5)
 L, N, E, F = 2, 512, 6, num_features(8)
 
 

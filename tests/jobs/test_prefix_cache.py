@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from pikv_cli import app
 
+ROOT = Path(__file__).parents[2]
 WORDS = [f"f{number}" for number in range(200)]
 
 
@@ -112,20 +114,23 @@ def test_what_does_not_go_together_is_refused(folder, pikv, asked, why):
 @pytest.mark.slow
 def test_a_killed_run_leaves_a_store_that_later_ones_trust(folder, pikv, tmp_path):
     prompts = write(tmp_path / "prompts.jsonl", session(60, seed=1))
-    given = ["--model", str(folder), "--prompts", str(prompts), "--max-new-tokens", "2", "--prefix-cache", "store"]
-    given += ["--set", "prefix.block_tokens=8", "--prefix-bytes", "96KiB"]
-    _, plain, _ = pikv("generate", *given[:6])
+    given = ["--model", str(folder), "--prompts", str(prompts), "--max-new-tokens", "2"]
+    _, plain, _ = pikv("generate", *given)
+    given += ["--prefix-cache", str(tmp_path / "store"), "--set", "prefix.block_tokens=8", "--prefix-bytes", "96KiB"]
     log, chance = tmp_path / "store" / "requests.jsonl", random.Random(2)
-    for _ in range(4):
+    for number in range(4):
         before = log.stat().st_size if log.exists() else 0
-        running = subprocess.Popen([sys.executable, "-m", "pikv_cli", "generate", *given], stderr=subprocess.PIPE)
-        while not (log.exists() and log.stat().st_size > before) and running.poll() is None:
+        words = [sys.executable, "-m", "pikv_cli", "generate", *given, "--out", str(tmp_path / f"killed{number}")]
+        running = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while not (log.exists() and log.stat().st_size > before):
+            assert running.poll() is None
             time.sleep(0.01)
         time.sleep(chance.random() * 0.3)
         running.send_signal(signal.SIGKILL)
-        assert "missing" not in running.communicate()[1].decode()
+        told = running.communicate()[1].decode()
+        assert "missing" not in told, told
     code, found, told = pikv("generate", *given)
-    assert code == 0
+    assert code == 0, told
     assert "missing" not in told
     assert [x["token_ids"] for x in found["completions"]] == [x["token_ids"] for x in plain["completions"]]
     _, simulated, _ = pikv("simulate-cache", log, "--capacity", found["prefix"]["capacity_blocks"], "--policy", "lru")

@@ -70,8 +70,8 @@ def weights_by_method(
 
 
 @torch.no_grad()
-def measure(model: Any, recipe: dict[str, Any], prompts: Prompts, seed: int, alone: bool) -> dict[str, Found]:
-    """Return what each method does to the prompts; what the trained router does, where it is asked for alone."""
+def measure(model: Any, recipe: dict[str, Any], prompts: Prompts, seed: int) -> dict[str, Found]:
+    """Return what each method does to the prompts."""
     context, later = prompts.ids[:, : prompts.num_context], prompts.ids[:, prompts.num_context :]
     is_answer = prompts.is_answer[:, prompts.num_context : -1]
     held = PiKVCache.for_model(model, recipe)
@@ -79,8 +79,7 @@ def measure(model: Any, recipe: dict[str, Any], prompts: Prompts, seed: int, alo
     feed(model, held, context)
     full = log_probs(model, held.fork(), later)
     found = {}
-    given = {"trained": None} if alone else weights_by_method(model, recipe, held, prompts, seed)
-    for name, weights in {"full": None, **given}.items():
+    for name, weights in {"full": None, **weights_by_method(model, recipe, held, prompts, seed)}.items():
         own = held.fork()
         for index, layer in enumerate(own.own_layers):
             if weights is not None:
@@ -143,7 +142,6 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="trained by recipes/train/text-recall.yaml")
     parser.add_argument("--calibration", required=True, help="of recipes/train/policy-router.yaml")
     parser.add_argument("--num-prompts", type=int, default=4, help="of each kind and seed")
-    parser.add_argument("--trained-alone", action="store_true", help="keep the stored rows of all other methods")
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
     loaded = load_model(asked.model, load("generate", None, [], {"model": asked.model, "threads": asked.threads}))
@@ -156,14 +154,10 @@ def main() -> None:
             rng = np.random.default_rng([seed, EVALUATION, number])
             prompts = draw(source, kind, rng, asked.num_prompts, SETTINGS, "test")
             for budget in SETTINGS.budgets:
-                found = measure(loaded.model, {**recipe, "budget": budget}, prompts, seed, asked.trained_alone)
+                found = measure(loaded.model, {**recipe, "budget": budget}, prompts, seed)
                 about = {"seed": seed, "kind": kind, "budget": budget}
                 rows += [{**about, "method": method, **one._asdict()} for method, one in found.items()]
             print(f"seed {seed}, {kind}: done", file=sys.stderr, flush=True)
-    if asked.trained_alone:
-        anew = {row["method"] for row in rows}
-        kept = [row for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if row["method"] not in anew]
-        rows = [*(row for row in rows if row["method"] == "full"), *kept, *(r for r in rows if r["method"] != "full")]
     policy = PiKVCache.for_model(loaded.model, {**recipe, "budget": SETTINGS.budgets[0]}).own_layers[0].policy
     assert isinstance(policy, MoERouter)
     stored = {

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from pikv_core.cache.attend_part import attend_part
+from pikv_core.cache.ranks_shards import ByShards, check_shards
 from pikv_core.compression.base import Codec
 from pikv_core.errors import UsageError
 from pikv_core.scheduling import POLICIES
@@ -81,6 +82,7 @@ class Heads:
     """Hold an equal share of every layer's key/value heads, and attend by the queries of their groups."""
 
     name = "heads"
+    own_shards = None
 
     def __init__(self, wire: Wire):
         self._wire = wire
@@ -152,6 +154,7 @@ class TokenTurns:
 
     name = "tokens"
     parts_of_heads = 1
+    own_shards = None
 
     def __init__(self, wire: Wire, block: int):
         self._wire = wire
@@ -231,8 +234,7 @@ class TokenTurns:
         layer.note_bytes()
 
 
-Split = Heads | TokenTurns
-SPLITS = (Heads.name, TokenTurns.name)
+Split = Heads | TokenTurns | ByShards
 
 
 def make_split(
@@ -256,6 +258,9 @@ def make_split(
     if name == Heads.name:
         _check_heads(wire.count, recipe, num_kv_heads)
         return Heads(wire)
+    if name == ByShards.name:
+        check_shards(wire.count, recipe, policy, per_layer)
+        return ByShards(wire)
     _check_tokens(recipe, policy, codecs, per_layer)
     return TokenTurns(wire, math.lcm(BLOCK_TOKENS, *(codec.unit_tokens for codec in codecs)))
 

@@ -1,8 +1,9 @@
-"""A cache that is split over ranks, by heads or by tokens: what a rank holds, and what the ranks tell each other.
+"""A cache that is split over ranks, by heads, tokens or shards: what a rank holds, and what ranks tell each other.
 
 Every rank has the whole model and goes on with the same bits as the others. By heads it holds some of every layer's
 key/value heads, attends by their queries alone, and the outputs are put together. By tokens it holds some of the
-tokens, all queries attend over them, and the partial outputs are merged by their log-sum-exp, in the order of ranks.
+tokens, all queries attend over them, and the partial outputs are merged by their log-sum-exp, in the order of ranks. By
+shards: see `pikv_core.cache.ranks_shards`.
 Shapes: B batch, H query heads, G key/value heads, R = H/G, T new tokens, S stored slots, D head dim.
 """
 
@@ -22,7 +23,7 @@ from pikv_core.compression.base import Codec
 from pikv_core.errors import UsageError
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.allocation import ALLOCATIONS
-from pikv_core.scheduling.base import Evictor, Policy, Selector
+from pikv_core.scheduling.base import Evictor, Policy, Selector, ShardSelector
 from pikv_core.scheduling.flexgen import FlexGen
 from pikv_core.schema import CacheRecipe
 from pikv_kernels.merge_partials import merge_partials
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pikv_core.cache.layer import CacheLayer
 
 BLOCK_TOKENS = 16  # consecutive tokens of one rank, or the least multiple that is whole units of the codec
+TO_SHARDS = "give --split shards"
 
 
 class Wire:
@@ -267,6 +269,7 @@ def make_split(
 
 def _check_heads(count: int, recipe: CacheRecipe, num_kv_heads: int) -> None:
     policy, allocation = POLICIES[recipe.policy.name], ALLOCATIONS[recipe.allocation.name]
+    apart = [name for name in POLICIES.names() if POLICIES[name].heads_apart]
     if num_kv_heads % count:
         raise UsageError(
             f"the model's {num_kv_heads} key/value heads do not divide evenly by {count} ranks",
@@ -275,7 +278,7 @@ def _check_heads(count: int, recipe: CacheRecipe, num_kv_heads: int) -> None:
     if not policy.heads_apart:
         raise UsageError(
             f"policy '{recipe.policy.name}' does not judge each head by itself, so its heads cannot lie on ranks apart",
-            hint=f"choose one of {', '.join(name for name in POLICIES.names() if POLICIES[name].heads_apart)}",
+            hint=TO_SHARDS if issubclass(policy, ShardSelector) else f"choose one of {', '.join(apart)}",
         )
     if allocation.splits_heads or allocation.compares_layers:
         raise UsageError(
@@ -292,7 +295,7 @@ def _check_tokens(
     if isinstance(policy, Selector):
         raise UsageError(
             f"policy '{name}' chooses pages among all tokens, which lie on ranks apart",
-            hint=hint,
+            hint=TO_SHARDS if isinstance(policy, ShardSelector) else hint,
         )
     if isinstance(policy, Evictor) and policy.ends(torch.ones(1, 1, dtype=torch.int64)) is None:
         raise UsageError(

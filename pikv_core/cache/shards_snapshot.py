@@ -22,7 +22,9 @@ def whole_pages(known: Snapshot, parts: Sequence[Snapshot]) -> dict[str, Slots]:
         held = [part.slots.get(name) for part in parts]
         places = [OwnShards(rank, len(parts)).places(shard, num_shards) for rank in range(len(parts))]
         page_tokens = max(
-            x.columns["position"].shape[2] // (int(at.max()) + 1) for x, at in zip(held, places) if x and int(at.max()) >= 0
+            x.columns["position"].shape[2] // (int(at.max()) + 1)
+            for x, at in zip(held, places)
+            if x and int(at.max()) >= 0
         )
         slots[name] = _picked(held, places, page_tokens)
     return slots

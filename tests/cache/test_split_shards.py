@@ -1,15 +1,17 @@
 """A cache that is split over ranks by shards is the whole one: its logits, tokens, bytes, states."""
 
+import copy
+
 import pytest
 import torch
 from test_split_cache import decode
 from thread_ranks import on_ranks
 
-from pikv_core.cache import PiKVCache
+from pikv_core.cache import PiKVCache, stream
 from pikv_core.cache.ranks import Wire
-from pikv_core.cache.ranks_log import RankChanges, RankReplay
+from pikv_core.cache.ranks_log import Follower, RankChanges
 from pikv_core.cache.ranks_snapshot import part_of
-from pikv_core.cache.snapshot import restore, take
+from pikv_core.cache.snapshot import restore
 from pikv_core.errors import UsageError
 from pikv_core.model.steps import feed, prefill, step
 
@@ -31,12 +33,7 @@ def held(cache, layer):
     (lane,) = cache.own_layers[layer].lanes
     empty = torch.full((1, 1, 0), -1)
     stores = [store.position if store.num_slots else empty for store in (lane.body, lane.tail)]
-    return [
-        [(*at, int(x[tuple(at)])) for at in (x >= 0).nonzero().tolist()] and sorted(
-            (b, g, int(x[b, g, s])) for b, g, s in (x >= 0).nonzero().tolist()
-        )
-        for x in stores
-    ]
+    return [sorted((b, g, int(x[b, g, s])) for b, g, s in (x >= 0).nonzero().tolist()) for x in stores]
 
 
 CASES = [
@@ -58,8 +55,9 @@ def test_ranks_are_as_one(small_model, arch, recipe, count):
         logits, tokens = decode(model, whole, ids, STEPS)
 
     def work(wire):
-        cache = PiKVCache.for_model(model, recipe).share("shards", wire, model)
-        return cache, *decode(model, cache, ids, STEPS)
+        own = copy.deepcopy(model)  # whose routers tell the caches of one rank
+        cache = PiKVCache.for_model(own, recipe).share("shards", wire, own)
+        return cache, *decode(own, cache, ids, STEPS)
 
     found = on_ranks(count, work)
     for _, own_logits, own_tokens in found:
@@ -71,3 +69,145 @@ def test_ranks_are_as_one(small_model, arch, recipe, count):
         parts = [held(cache, layer) for cache, *_ in found]
         assert sorted(token for own, _ in parts for token in own) == body and len(body) > 100
         assert all(own == tail for _, own in parts)
+
+
+@pytest.mark.parametrize("by", ["keys", "router"])
+def test_padded_rows_and_second_prompts_are_split_too(small_model, by):
+    model, recipe, ids = small_model("qwen3_moe"), of_shards(top_shards=2, by=by), prompts(2, 150, 3)
+    is_token = torch.ones(2, 90, dtype=torch.bool)
+    is_token[1, :41] = False
+
+    def work(wire=None):
+        own = copy.deepcopy(model)
+        cache = PiKVCache.for_model(own, recipe)
+        if wire is not None:
+            cache.share("shards", wire, own)
+        logits = [prefill(own, cache, ids[:, :90], is_token=is_token)]
+        logits += [step(own, cache, ids[:, column]) for column in range(90, 100)]
+        logits += [feed(own, cache, ids[:, 100:140]), *(step(own, cache, ids[:, column]) for column in range(140, 150))]
+        return torch.stack(logits)
+
+    with torch.no_grad():
+        whole = work()
+    for found in on_ranks(3, work):
+        torch.testing.assert_close(found, whole, **CLOSE)
+
+
+@pytest.mark.parametrize("length", [1, 20, 45])
+def test_ranks_whose_shards_are_empty_take_part(small_model, length):
+    model, recipe, ids = small_model("llama"), of_shards(top_shards=2), prompts(1, length, 4)
+    with torch.no_grad():
+        logits, _ = decode(model, PiKVCache.for_model(model, recipe), ids, 40)
+
+    def work(wire):
+        cache = PiKVCache.for_model(model, recipe).share("shards", wire, model)
+        return decode(model, cache, ids, 40)[0]
+
+    for found in on_ranks(8, work):
+        torch.testing.assert_close(found, logits, **CLOSE)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_bytes_are_those_of_the_formula(small_model, count):
+    """What comes to a rank, and what it holds: its shards' pages, the tail and what all know of all shards."""
+    model, recipe, (L, H, D), rows = small_model("llama"), of_shards(top_shards=2), (3, 4, 16), 2
+    ids = prompts(rows, 600, 5)
+
+    def work(wire=None):
+        cache = PiKVCache.for_model(model, recipe)
+        if wire is not None:
+            cache.share("shards", wire, model)
+        prefill(model, cache, ids[:, :-1])
+        before = 0 if wire is None else wire.received_bytes
+        step(model, cache, ids[:, -1])
+        pages = sum(layer.lanes[0].body.nbytes for layer in cache.own_layers)
+        known = sum(layer.run.nbytes + layer.lanes[0].tail.nbytes for layer in cache.own_layers)
+        assert cache.resident_bytes == pages + known
+        return pages, known, before, 0 if wire is None else wire.received_bytes - before
+
+    with torch.no_grad():
+        whole, known, *_ = work()
+    found = on_ranks(count, work)
+    assert {(prompt, token) for *_, prompt, token in found} == {(0, L * rows * H * (D * 4 + 4) * (count - 1))}
+    assert all(own == known for _, own, *_ in found)
+    assert max(pages for pages, *_ in found) < 1.5 * whole / count
+
+
+SAVED, END = 126, 150
+
+
+def go_on(model, cache, ids, start, writer=None):
+    """Feed ids [1,T] from `start` on, save every 7 tokens; return the logits of each token."""
+    logits = []
+    if start == 0:
+        logits.append(prefill(model, cache, ids[:, :80]))
+        start = 80
+    for end in range(start + 1, ids.shape[1] + 1):
+        logits.append(step(model, cache, ids[:, end - 1]))
+        if writer is not None and end % 7 == 0:
+            writer.save(cache, ids[:, :end], {}, {})
+    return torch.cat(logits)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_number_of_ranks_goes_on(small_model, tmp_path, count):
+    """A state that one process saved, or some ranks, is read as one process's, and dealt out anew."""
+    model, recipe, ids = small_model("llama"), of_shards(top_shards=2, newest=16), prompts(1, END, 2)
+    with torch.no_grad():
+        whole_cache = PiKVCache.for_model(model, recipe)
+        go_on(model, whole_cache, ids[:, :SAVED], 0)
+        whole = go_on(model, PiKVCache.for_model(model, recipe), ids, 0)
+
+    def save(wire):
+        cache = PiKVCache.for_model(model, recipe)
+        changes = None
+        if count > 1:
+            cache.share("shards", wire, model)
+            changes = RankChanges(wire, "shards")
+        writer = Follower(changes) if wire.rank else stream.Writer(str(tmp_path / "state"), {}, None, changes)
+        with writer:
+            go_on(model, cache, ids[:, : SAVED + 5], 0, writer)
+
+    on_ranks(count, save)
+    saved = stream.read(str(tmp_path / "state"))
+    assert saved.tokens.shape == (1, SAVED)
+    alone = PiKVCache.for_model(model, recipe)
+    restore(alone, saved.cache, model.device)
+    for one, other in zip(alone.own_layers, whole_cache.own_layers):
+        assert torch.equal(one.lanes[0].body.position, other.lanes[0].body.position)  # slot for slot
+    with torch.no_grad():
+        torch.testing.assert_close(go_on(model, alone, ids, SAVED), whole[SAVED - END :], **CLOSE)
+    for other in (2, 4):
+
+        def work(wire):
+            cache = PiKVCache.for_model(model, recipe).share("shards", wire, model)
+            restore(cache, part_of(saved.cache, cache.own_layers[0].split, wire.count), model.device)
+            return go_on(model, cache, ids, SAVED)
+
+        for logits in on_ranks(other, work):
+            torch.testing.assert_close(logits, whole[SAVED - END :], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("arch", "recipe", "message"),
+    [
+        ("llama", {"policy": "h2o", "budget": 30}, "policy 'h2o' puts no tokens in shards"),
+        ("llama", of_shards(), "reads everything under a budget of 1.0"),
+        ("llama", of_shards(top_shards=2, shards=3), "4 ranks share 3 shards"),
+        ("llama", of_shards(top_shards=2, dense_layers=1), "the first 1 layers make no shards"),
+        ("gemma2", of_shards(top_shards=2), "layers with a sliding window make no shards"),
+    ],
+)
+def test_what_cannot_be_split_is_refused_by_name(small_model, arch, recipe, message):
+    model = small_model(arch)
+    with pytest.raises(UsageError, match=message) as refused:
+        PiKVCache.for_model(model, recipe).share("shards", Wire(0, 4), model)
+    assert refused.value.hint
+
+
+@pytest.mark.parametrize("split", ["heads", "tokens"])
+def test_another_split_points_to_this_one(small_model, split):
+    model = small_model("llama")
+    with pytest.raises(UsageError) as refused:
+        PiKVCache.for_model(model, of_shards(top_shards=2)).share(split, Wire(0, 2), model)
+    assert "--split shards" in refused.value.hint

@@ -24,6 +24,8 @@ from peers.report import commit, machine
 RESULTS = Path(__file__).parent / "results"
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 4, 8, 4, 32
 SETTINGS = [(1, None), (2, "heads"), (4, "heads"), (2, "tokens"), (4, "tokens")]
+SETTINGS += [(1, "shards"), (2, "shards"), (4, "shards")]  # the first one is a process by itself
+SHARDS = ["--policy", "expert-shards", "--top-shards", "2"]
 PROMPT = " ".join(f"f{number % 90} k{number % 37} v{number % 41} f{number % 13}" for number in range(500))
 
 
@@ -92,9 +94,10 @@ def generate(count: int, split: str | None, model: Path, num_tokens: int, out: P
     """Return the result of a run."""
     start = [sys.executable]
     words = ["--model", str(model), "--max-new-tokens", str(num_tokens), "--threads", "1", "--out", str(out)]
-    if split is not None:
+    words += SHARDS if split == "shards" else []
+    if count > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        words += ["--split", split]
+        words += ["--split", str(split)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     done = subprocess.run([*start, "-m", "pikv_cli", "generate", PROMPT, *words], env=environment, capture_output=True)
     if done.returncode:
@@ -113,7 +116,7 @@ def loopback_bytes() -> int:
 
 def formula(count: int, split: str | None) -> int:
     """Return the bytes that come to each rank for a token."""
-    if split is None:
+    if count == 1:
         return 0
     if split == "heads":
         return LAYERS * HEADS * HEAD_DIM * 4 * (count - 1) // count + 8 * (count - 1)
@@ -130,13 +133,15 @@ def table(told: dict[str, Any]) -> str:
         f"`benchmarks/ranks.py` on {told['machine']}, commit {told['commit']}; a random llama of {LAYERS} layers, "
         f"{HEADS}/{KV_HEADS} heads of {HEAD_DIM}, float32, {len(PROMPT.split()):,} prompt tokens, one thread a rank. "
         "Bytes a token are those that come to each rank; what the loopback interface carried has headers and the "
-        "machine's other traffic in it. Speeds are medians.",
+        f"machine's other traffic in it. Speeds are medians of {len(told['rows'][0]['speeds'])}. By shards the policy is "
+        "`expert-shards`, which reads two of eight shards, on one process too.",
         "",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
     ]
     first = told["rows"][0]
     for row in told["rows"]:
+        first = row if row["ranks"] == 1 else first
         held, whole = row["resident_bytes"], sum(first["resident_bytes"])
         carried = statistics.median(row["loopback_bytes_per_token"])
         same = "yes" if row["token_ids"] == first["token_ids"] else "no"

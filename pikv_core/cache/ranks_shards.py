@@ -38,7 +38,7 @@ class ByShards:
 
     def __init__(self, wire: Wire):
         self._wire = wire
-        self.own_shards: OwnShards | None = OwnShards(wire.rank, wire.count)
+        self.own_shards = OwnShards(wire.rank, wire.count)
 
     def first_head(self, num_kv_heads: int) -> int:
         return 0

@@ -1,10 +1,11 @@
 """What splitting a cache over ranks costs and saves: bytes sent and held, and speed, on 1, 2 and 4 ranks of gloo.
 
-    python benchmarks/ranks.py [--tokens 64] [--rounds 3]
+    python benchmarks/ranks.py [--tokens 64] [--rounds 3] [--split shards]
 
 A random llama of 4 layers, 8/4 heads of 32, float32, a prompt of 2,000 tokens, one thread a rank. Speeds are medians
 over rounds, of settings that take turns. What the loopback interface carried is the difference between runs of two
-lengths, headers included, all other traffic of the machine too. Results go to benchmarks/results/ranks.json and .md.
+lengths, headers included, all other traffic of the machine too. Results go to benchmarks/results/ranks.json and .md; of one split
+alone, its rows take the place of those that were there.
 """
 
 from __future__ import annotations
@@ -34,15 +35,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--split", choices=["heads", "tokens", "shards"])
     arguments = parser.parse_args()
-    found: list[dict[str, Any]] = [{"ranks": count, "split": split, "speeds": []} for count, split in SETTINGS]
+    found: list[dict[str, Any]] = [
+        {"ranks": count, "split": split, "commit": commit(), "speeds": []}
+        for count, split in SETTINGS
+        if arguments.split in (None, split)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         make_model(model)
         for number in range(arguments.rounds):
             for row in found:
                 measure(row, model, arguments.tokens, Path(folder) / f"{number}-{row['ranks']}-{row['split']}")
-    told = {"machine": machine(), "commit": commit(), "tokens": arguments.tokens, "rows": found}
+    if arguments.split is not None:
+        before = json.loads((RESULTS / "ranks.json").read_text(encoding="utf-8"))["rows"]
+        found = [row for row in before if row["split"] != arguments.split] + found
+    told = {"machine": machine(), "tokens": arguments.tokens, "rows": found}
     (RESULTS / "ranks.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     (RESULTS / "ranks.md").write_text(table(told), encoding="utf-8")
     print(table(told))
@@ -126,15 +135,15 @@ def formula(count: int, split: str | None) -> int:
 def table(told: dict[str, Any]) -> str:
     """Return the results as Markdown."""
     head = ["ranks", "split", "bytes a token: formula", "counted", "loopback, headers too", "resident, most of a rank"]
-    head += ["of all", "tokens/s", "same tokens"]
+    head += ["of all", "tokens/s", "rounds", "same tokens", "commit"]
     lines = [
         "# A cache over ranks",
         "",
-        f"`benchmarks/ranks.py` on {told['machine']}, commit {told['commit']}; a random llama of {LAYERS} layers, "
+        f"`benchmarks/ranks.py` on {told['machine']}; a random llama of {LAYERS} layers, "
         f"{HEADS}/{KV_HEADS} heads of {HEAD_DIM}, float32, {len(PROMPT.split()):,} prompt tokens, one thread a rank. "
         "Bytes a token are those that come to each rank; what the loopback interface carried has headers and the "
-        f"machine's other traffic in it. Speeds are medians of {len(told['rows'][0]['speeds'])}. By shards the policy is "
-        "`expert-shards`, which reads two of eight shards, on one process too.",
+        "machine's other traffic in it. Speeds are medians of the rounds. By shards the policy is `expert-shards`, which "
+        "reads two of eight shards, on one process too.",
         "",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
@@ -147,7 +156,8 @@ def table(told: dict[str, Any]) -> str:
         same = "yes" if row["token_ids"] == first["token_ids"] else "no"
         cells = [str(row["ranks"]), row["split"] or "", f"{formula(row['ranks'], row['split']):,}"]
         cells += [f"{row['bytes_per_token']:,.0f}", f"{carried:,.0f}", f"{max(held):,} ({max(held) / whole:.3f})"]
-        cells += [f"{sum(held):,}", f"{statistics.median(row['speeds']):.0f}", same]
+        cells += [f"{sum(held):,}", f"{statistics.median(row['speeds']):.0f}", str(len(row["speeds"])), same]
+        cells.append(row["commit"][:12])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""`generate --split shards` under torchrun: one process's tokens, counted bytes, a state that any number goes on from."""
+"""`generate --split shards` under torchrun: one process's tokens, bytes counted, a state for any number."""
 
 import pytest
 from test_generate_on_ranks import PROMPT, alone, folder, result, run_all, sent_per_token

@@ -4,8 +4,8 @@
 
 A random llama of 4 layers, 8/4 heads of 32, float32, a prompt of 2,000 tokens, one thread a rank. Speeds are medians
 over rounds, of settings that take turns. What the loopback interface carried is the difference between runs of two
-lengths, headers included, all other traffic of the machine too. Results go to benchmarks/results/ranks.json and .md; of one split
-alone, its rows take the place of those that were there.
+lengths, headers included, all other traffic of the machine too. Results go to benchmarks/results/ranks.json and .md;
+those of one split alone take the place of its own that were there.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def table(told: dict[str, Any]) -> str:
         f"`benchmarks/ranks.py` on {told['machine']}; a random llama of {LAYERS} layers, "
         f"{HEADS}/{KV_HEADS} heads of {HEAD_DIM}, float32, {len(PROMPT.split()):,} prompt tokens, one thread a rank. "
         "Bytes a token are those that come to each rank; what the loopback interface carried has headers and the "
-        "machine's other traffic in it. Speeds are medians of the rounds. By shards the policy is `expert-shards`, which "
-        "reads two of eight shards, on one process too.",
+        "machine's other traffic in it. Speeds are medians of the rounds. By shards the policy is `expert-shards`, "
+        "which reads two of eight shards, on one process too.",
         "",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",

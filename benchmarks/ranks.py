@@ -1,10 +1,11 @@
 """What splitting a cache over ranks costs and saves: bytes sent and held, and speed, on 1, 2 and 4 ranks of gloo.
 
-    python benchmarks/ranks.py [--tokens 64] [--rounds 3]
+    python benchmarks/ranks.py [--tokens 64] [--rounds 3] [--split shards]
 
 A random llama of 4 layers, 8/4 heads of 32, float32, a prompt of 2,000 tokens, one thread a rank. Speeds are medians
 over rounds, of settings that take turns. What the loopback interface carried is the difference between runs of two
-lengths, headers included, all other traffic of the machine too. Results go to benchmarks/results/ranks.json and .md.
+lengths, headers included, all other traffic of the machine too. Results go to benchmarks/results/ranks.json and .md;
+those of one split alone take the place of its own that were there.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from peers.report import commit, machine
 RESULTS = Path(__file__).parent / "results"
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 4, 8, 4, 32
 SETTINGS = [(1, None), (2, "heads"), (4, "heads"), (2, "tokens"), (4, "tokens")]
+SETTINGS += [(1, "shards"), (2, "shards"), (4, "shards")]  # the first one is a process by itself
+SHARDS = ["--policy", "expert-shards", "--top-shards", "2"]
 PROMPT = " ".join(f"f{number % 90} k{number % 37} v{number % 41} f{number % 13}" for number in range(500))
 
 
@@ -32,15 +35,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--split", choices=["heads", "tokens", "shards"])
     arguments = parser.parse_args()
-    found: list[dict[str, Any]] = [{"ranks": count, "split": split, "speeds": []} for count, split in SETTINGS]
+    found: list[dict[str, Any]] = [
+        {"ranks": count, "split": split, "commit": commit(), "speeds": []}
+        for count, split in SETTINGS
+        if arguments.split in (None, split)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         make_model(model)
         for number in range(arguments.rounds):
             for row in found:
                 measure(row, model, arguments.tokens, Path(folder) / f"{number}-{row['ranks']}-{row['split']}")
-    told = {"machine": machine(), "commit": commit(), "tokens": arguments.tokens, "rows": found}
+    if arguments.split is not None:
+        before = json.loads((RESULTS / "ranks.json").read_text(encoding="utf-8"))["rows"]
+        found = [row for row in before if row["split"] != arguments.split] + found
+    told = {"machine": machine(), "tokens": arguments.tokens, "rows": found}
     (RESULTS / "ranks.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     (RESULTS / "ranks.md").write_text(table(told), encoding="utf-8")
     print(table(told))
@@ -92,9 +103,10 @@ def generate(count: int, split: str | None, model: Path, num_tokens: int, out: P
     """Return the result of a run."""
     start = [sys.executable]
     words = ["--model", str(model), "--max-new-tokens", str(num_tokens), "--threads", "1", "--out", str(out)]
-    if split is not None:
+    words += SHARDS if split == "shards" else []
+    if count > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        words += ["--split", split]
+        words += ["--split", str(split)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     done = subprocess.run([*start, "-m", "pikv_cli", "generate", PROMPT, *words], env=environment, capture_output=True)
     if done.returncode:
@@ -113,7 +125,7 @@ def loopback_bytes() -> int:
 
 def formula(count: int, split: str | None) -> int:
     """Return the bytes that come to each rank for a token."""
-    if split is None:
+    if count == 1:
         return 0
     if split == "heads":
         return LAYERS * HEADS * HEAD_DIM * 4 * (count - 1) // count + 8 * (count - 1)
@@ -123,26 +135,29 @@ def formula(count: int, split: str | None) -> int:
 def table(told: dict[str, Any]) -> str:
     """Return the results as Markdown."""
     head = ["ranks", "split", "bytes a token: formula", "counted", "loopback, headers too", "resident, most of a rank"]
-    head += ["of all", "tokens/s", "same tokens"]
+    head += ["of all", "tokens/s", "rounds", "same tokens", "commit"]
     lines = [
         "# A cache over ranks",
         "",
-        f"`benchmarks/ranks.py` on {told['machine']}, commit {told['commit']}; a random llama of {LAYERS} layers, "
+        f"`benchmarks/ranks.py` on {told['machine']}; a random llama of {LAYERS} layers, "
         f"{HEADS}/{KV_HEADS} heads of {HEAD_DIM}, float32, {len(PROMPT.split()):,} prompt tokens, one thread a rank. "
         "Bytes a token are those that come to each rank; what the loopback interface carried has headers and the "
-        "machine's other traffic in it. Speeds are medians.",
+        "machine's other traffic in it. Speeds are medians of the rounds. By shards the policy is `expert-shards`, "
+        "which reads two of eight shards, on one process too.",
         "",
         f"| {' | '.join(head)} |",
         f"|{'---|' * len(head)}",
     ]
     first = told["rows"][0]
     for row in told["rows"]:
+        first = row if row["ranks"] == 1 else first
         held, whole = row["resident_bytes"], sum(first["resident_bytes"])
         carried = statistics.median(row["loopback_bytes_per_token"])
         same = "yes" if row["token_ids"] == first["token_ids"] else "no"
         cells = [str(row["ranks"]), row["split"] or "", f"{formula(row['ranks'], row['split']):,}"]
         cells += [f"{row['bytes_per_token']:,.0f}", f"{carried:,.0f}", f"{max(held):,} ({max(held) / whole:.3f})"]
-        cells += [f"{sum(held):,}", f"{statistics.median(row['speeds']):.0f}", same]
+        cells += [f"{sum(held):,}", f"{statistics.median(row['speeds']):.0f}", str(len(row["speeds"])), same]
+        cells.append(row["commit"][:12])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

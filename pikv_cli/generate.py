@@ -30,7 +30,8 @@ def generate(
     backend: options.Backend = None,
     graph: Annotated[bool | None, typer.Option("--graph", help="Replay steps at full budget as a CUDA graph.")] = None,
     split: Annotated[
-        str | None, typer.Option(metavar="heads|tokens", help="How the ranks that torchrun starts share the cache.")
+        str | None,
+        typer.Option(metavar="heads|tokens|shards", help="How the ranks that torchrun starts share the cache."),
     ] = None,
     rerotate: Annotated[
         bool | None, typer.Option("--rerotate", help="Read kept keys at positions 0, 1, 2, ...")

@@ -25,10 +25,12 @@ def attend_part(
     has_empty: bool,
     scale: float,
     softcap: float | None,
+    alike: bool = True,
 ) -> Partial:
-    """Attend query [B,H,T,D] at `position` [B,T] over stores whose heads hold the same tokens; rows [B,G,R·T].
+    """Attend query [B,H,T,D] at `position` [B,T] over stores; rows [B,G,R·T].
 
-    window: tokens a query may look back, itself included, None for all. has_empty: whether there is padding.
+    window: tokens a query may look back, itself included, None for all. has_empty: whether there are
+    empty slots. alike: whether the heads of a store hold the same tokens.
     """
     B, H, T, D = query.shape
     G, R = num_kv_heads, H // num_kv_heads
@@ -45,7 +47,7 @@ def attend_part(
         by_group = query[:, :, new].reshape(B, G, -1, D)
         parts = []
         for store in read:
-            visible = _visible(store, position[:, new], window) if masked else None
+            visible = _visible(store, position[:, new], window, alike) if masked else None
             by_row = visible if T == 1 or visible is None else visible.repeat(1, 1, R, 1)
             parts.append(store.attend(by_group, by_row, scale, softcap, False))
         part = join_partials(parts)
@@ -54,9 +56,9 @@ def attend_part(
     return Partial(torch.cat(outputs, dim=3).flatten(2, 3), torch.cat(lses, dim=3).flatten(2), None)
 
 
-def _visible(store: Store, position: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Return bool [B,1,N,S]: which slots the queries at `position` [B,N] see."""
-    held = store.position[:, :1]
+def _visible(store: Store, position: torch.Tensor, window: int | None, alike: bool) -> torch.Tensor:
+    """Return bool [B,1|G,N,S]: which slots the queries at `position` [B,N] see."""
+    held = store.position[:, :1] if alike else store.position
     ahead = position[:, None, :, None] - held[:, :, None]
     visible = (held >= 0)[:, :, None] & (ahead >= 0)
     return visible if window is None else visible & (ahead < window)

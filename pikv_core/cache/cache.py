@@ -138,7 +138,7 @@ class PiKVCache(Cache):
         return Shape(len(self.layers), 1, getattr(text, "num_key_value_heads", None) or heads, head_dim, model.dtype)
 
     def share(self, split: str, wire: Wire, model: PreTrainedModel) -> PiKVCache:
-        """Hold a part of every layer, split over the ranks of a wire by "heads" or "tokens"; return the cache.
+        """Hold a part of every layer, split over a wire's ranks by "heads", "tokens" or "shards"; return the cache.
 
         Raises UsageError where the recipe cannot be split so.
         """

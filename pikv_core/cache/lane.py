@@ -19,7 +19,7 @@ from pikv_core.cache.newest import Read, attend_newest
 from pikv_core.cache.page_bounds import PageBounds
 from pikv_core.cache.reach import Reach
 from pikv_core.cache.recording import CHUNK_QUERIES, Recorded
-from pikv_core.cache.shards import Shards
+from pikv_core.cache.shards import OwnShards, Shards
 from pikv_core.cache.store import Store
 from pikv_core.cache.tiers import Tiers
 from pikv_core.cache.tiers_store import TieredStore
@@ -38,7 +38,7 @@ class LayerPlan:
     """What a layer does with tokens, whichever they are.
 
     window: tokens a query may look back, itself included, None for all. rerotate: keys are read at the positions
-    0..S-1 of what is left instead of their own.
+    0..S-1 of what is left instead of their own. own_shards: those that are stored here, None for all.
     """
 
     codec: Codec
@@ -48,6 +48,7 @@ class LayerPlan:
     rerotate: bool
     run: LayerRun
     tiers: Tiers | None = None
+    own_shards: OwnShards | None = None
 
     @property
     def page(self) -> int:
@@ -82,7 +83,9 @@ class Lane:
         self.row = self._rows_of_pairs()
         codec = plan.codec if pairs is None else plan.codec.for_heads(head)
         columns, page, selector = plan.columns(scoring=True), plan.page, plan.selector
-        self.shards = Shards(selector, plan.run, page) if isinstance(selector, ShardSelector) else None
+        self.shards = None
+        if isinstance(selector, ShardSelector):
+            self.shards = Shards(selector, plan.run, page, plan.own_shards)
         is_whole = isinstance(codec, Plain) and self.shards is None
         waits = (*columns, *self._tail_columns())
         self.tail = plan.store(Plain(), waits, page) if is_whole else Store(Plain(), waits, 8)
@@ -179,7 +182,7 @@ class Lane:
         num_shown = max((watcher.observes for watcher in watchers), default=0)
         if T == 1 and not self.plan.rerotate:
             shown = num_shown > 0
-            newest = [self._read(store, query, position, scale, capacity, shown, reach) for store in self.stores]
+            newest = [self.read(store, query, position, scale, capacity, shown, reach) for store in self.stores]
 
             def show_newest(probs: list[torch.Tensor], num_visible: torch.Tensor) -> None:
                 self._show(watchers, position, slice(0, 1), 1, probs, num_visible)
@@ -288,7 +291,7 @@ class Lane:
             visible = visible & reach.visible(position, held)
         return visible if self.plan.window is None else visible & (ahead < self.plan.window)
 
-    def _read(
+    def read(
         self,
         store: Store,
         query: torch.Tensor,

@@ -112,7 +112,9 @@ class CacheLayer(CacheLayerMixin):
             check_selector(self._selector, codec, self.run)
         if self.tiers is not None:
             self.tiers.start(key_states)
-        self.plan = LayerPlan(codec, self.evictor, self._selector, self.window, self._rerotate, self.run, self.tiers)
+        shards = None if self.split is None else self.split.own_shards
+        members = (codec, self.evictor, self._selector)
+        self.plan = LayerPlan(*members, self.window, self._rerotate, self.run, self.tiers, shards)
         self.lanes = [Lane(self.plan, None, torch.arange(G).expand(B, G))]
         self.seen = Seen(B, key_states.device)
         self.is_initialized = True
@@ -279,19 +281,23 @@ class CacheLayer(CacheLayerMixin):
             if by_group is not None and lane.pairs is not None:
                 own = by_group[0, lane.head[:, 0].to(by_group.device)][:, None]
             far = None if reach is None else reach.of(lane.of_heads)
-            attended = lane.attend(lane.of_heads(query), rows, scale, softcap, own, watchers, self._read_tokens, far)
+            attended = lane.attend(lane.of_heads(query), rows, scale, softcap, own, watchers, self.read_tokens, far)
             if self.recorder is not None:  # apart from the output, which stays the same to the bit
                 self.recorder.take(self.index, keys, query)
-                lane.attend(query, rows, scale, softcap, own, [self.recorder], self._read_tokens, far)
+                lane.attend(query, rows, scale, softcap, own, [self.recorder], self.read_tokens, far)
             if lane.pairs is None:
                 output = attended
             else:
                 by_pair = output.view(len(query) * self.run.num_kv_heads, -1, *query.shape[2:])
                 by_pair[lane.pairs_here()] = attended
         self.end_step(query.shape[2], is_prompt)
-        if self._by_router:
-            self.run.routing.expect(self)
+        self.expect_experts()
         return output
+
+    def expect_experts(self) -> None:
+        """Ask to be told the experts of the newest tokens, where shards go by them."""
+        if isinstance(self._selector, ShardSelector) and self._selector.by == "router":
+            self.run.routing.expect(self)
 
     def take_experts(self, expert: torch.Tensor) -> None:
         """Note the experts [B·T] of the newest tokens, for shards; those that are known may move there."""
@@ -300,10 +306,6 @@ class CacheLayer(CacheLayerMixin):
         lane.tail.columns()[EXPERT][:, :, -by_row.shape[2] :] = by_row + 1
         if not self.held:
             self.compress()
-
-    @property
-    def _by_router(self) -> bool:
-        return isinstance(self._selector, ShardSelector) and self._selector.by == "router"
 
     def append(
         self, keys: torch.Tensor, values: torch.Tensor, columns: Mapping[str, torch.Tensor] | None = None
@@ -343,7 +345,7 @@ class CacheLayer(CacheLayerMixin):
             rows = lane.of_rows(position)
             lane.arrive(lane.of_heads(keys), lane.of_heads(values), rows)
             own = None if query is None else lane.of_heads(query)
-            read.append(lane.replay(recorded, own, rows, watchers, self._read_tokens))
+            read.append(lane.replay(recorded, own, rows, watchers, self.read_tokens))
         read_position = self._gathered(read, EMPTY)
         self.end_step(keys.shape[2], is_prompt)
         return read_position
@@ -438,7 +440,7 @@ class CacheLayer(CacheLayerMixin):
     def place_pages(self) -> None:
         """Move to tiers what the device has no room for."""
         if self.tiers is not None:
-            place(self.lanes[0], self._read_tokens)
+            place(self.lanes[0], self.read_tokens)
             self._on_change(self.index)
 
     def _evict(self) -> None:
@@ -484,7 +486,7 @@ class CacheLayer(CacheLayerMixin):
         self.seen.skip(1)
         self.seen_length += 1
 
-    def _read_tokens(self) -> int:
+    def read_tokens(self) -> int:
         """Return the tokens per head that a selector may read, in the row that has the most."""
         return int(self._allowed().max()) if self._asked_budget.limits else ALL
 

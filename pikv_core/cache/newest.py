@@ -12,6 +12,7 @@ import torch
 
 from pikv_core.cache.store import Store
 from pikv_kernels.merge_partials import merge_partials
+from pikv_kernels.partial_attention import Partial
 
 Show = Callable[[list[torch.Tensor], torch.Tensor], None]
 
@@ -45,12 +46,7 @@ def attend_newest(
     rows = query.reshape(B, G, -1, query.shape[-1])
     if len(read) == 1 and softcap is None and sinks is None and show is None:
         return read[0].store.attend_alone(rows, *read[0][1:], scale).reshape(query.shape)
-    parts = []
-    for store, visible, pages, page_tokens in read:
-        if pages is None:
-            parts.append(store.attend(rows, visible, scale, softcap, show is not None))
-        else:
-            parts.append(store.attend_pages(rows, visible, pages, page_tokens, scale, softcap))
+    parts = attend_reads(rows, read, scale, softcap, show is not None)
     probs = [part.probs for part in parts if part.probs is not None]
     if len(parts) > 1 or sinks is not None:
         merged, shares = merge_partials(parts, sinks)
@@ -64,3 +60,16 @@ def attend_newest(
             counts = counts if part.visible is None else counts + part.visible.sum(-1)
         show([x[:, :, :, None] for x in probs], counts.expand(B, G, 1))
     return merged.reshape(query.shape)
+
+
+def attend_reads(
+    rows: torch.Tensor, read: Sequence[Read], scale: float, softcap: float | None, with_probs: bool
+) -> list[Partial]:
+    """Attend rows [B,G,R,D] over each of what is read; without `probs` where that is pages."""
+    parts = []
+    for store, visible, pages, page_tokens in read:
+        if pages is None:
+            parts.append(store.attend(rows, visible, scale, softcap, with_probs))
+        else:
+            parts.append(store.attend_pages(rows, visible, pages, page_tokens, scale, softcap))
+    return parts

@@ -1,8 +1,9 @@
-"""A cache that is split over ranks, by heads or by tokens: what a rank holds, and what the ranks tell each other.
+"""A cache that is split over ranks, by heads, tokens or shards: what a rank holds, and what ranks tell each other.
 
 Every rank has the whole model and goes on with the same bits as the others. By heads it holds some of every layer's
 key/value heads, attends by their queries alone, and the outputs are put together. By tokens it holds some of the
-tokens, all queries attend over them, and the partial outputs are merged by their log-sum-exp, in the order of ranks.
+tokens, all queries attend over them, and the partial outputs are merged by their log-sum-exp, in the order of ranks. By
+shards: see `pikv_core.cache.ranks_shards`.
 Shapes: B batch, H query heads, G key/value heads, R = H/G, T new tokens, S stored slots, D head dim.
 """
 
@@ -17,11 +18,12 @@ import torch
 import torch.distributed as dist
 
 from pikv_core.cache.attend_part import attend_part
+from pikv_core.cache.ranks_shards import ByShards, check_shards
 from pikv_core.compression.base import Codec
 from pikv_core.errors import UsageError
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.allocation import ALLOCATIONS
-from pikv_core.scheduling.base import Evictor, Policy, Selector
+from pikv_core.scheduling.base import Evictor, Policy, Selector, ShardSelector
 from pikv_core.scheduling.flexgen import FlexGen
 from pikv_core.schema import CacheRecipe
 from pikv_kernels.merge_partials import merge_partials
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from pikv_core.cache.layer import CacheLayer
 
 BLOCK_TOKENS = 16  # consecutive tokens of one rank, or the least multiple that is whole units of the codec
+TO_SHARDS = "give --split shards"
 
 
 class Wire:
@@ -81,6 +84,7 @@ class Heads:
     """Hold an equal share of every layer's key/value heads, and attend by the queries of their groups."""
 
     name = "heads"
+    own_shards = None
 
     def __init__(self, wire: Wire):
         self._wire = wire
@@ -152,6 +156,7 @@ class TokenTurns:
 
     name = "tokens"
     parts_of_heads = 1
+    own_shards = None
 
     def __init__(self, wire: Wire, block: int):
         self._wire = wire
@@ -231,8 +236,7 @@ class TokenTurns:
         layer.note_bytes()
 
 
-Split = Heads | TokenTurns
-SPLITS = (Heads.name, TokenTurns.name)
+Split = Heads | TokenTurns | ByShards
 
 
 def make_split(
@@ -256,12 +260,16 @@ def make_split(
     if name == Heads.name:
         _check_heads(wire.count, recipe, num_kv_heads)
         return Heads(wire)
+    if name == ByShards.name:
+        check_shards(wire.count, recipe, policy, per_layer)
+        return ByShards(wire)
     _check_tokens(recipe, policy, codecs, per_layer)
     return TokenTurns(wire, math.lcm(BLOCK_TOKENS, *(codec.unit_tokens for codec in codecs)))
 
 
 def _check_heads(count: int, recipe: CacheRecipe, num_kv_heads: int) -> None:
     policy, allocation = POLICIES[recipe.policy.name], ALLOCATIONS[recipe.allocation.name]
+    apart = [name for name in POLICIES.names() if POLICIES[name].heads_apart]
     if num_kv_heads % count:
         raise UsageError(
             f"the model's {num_kv_heads} key/value heads do not divide evenly by {count} ranks",
@@ -270,7 +278,7 @@ def _check_heads(count: int, recipe: CacheRecipe, num_kv_heads: int) -> None:
     if not policy.heads_apart:
         raise UsageError(
             f"policy '{recipe.policy.name}' does not judge each head by itself, so its heads cannot lie on ranks apart",
-            hint=f"choose one of {', '.join(name for name in POLICIES.names() if POLICIES[name].heads_apart)}",
+            hint=TO_SHARDS if issubclass(policy, ShardSelector) else f"choose one of {', '.join(apart)}",
         )
     if allocation.splits_heads or allocation.compares_layers:
         raise UsageError(
@@ -287,7 +295,7 @@ def _check_tokens(
     if isinstance(policy, Selector):
         raise UsageError(
             f"policy '{name}' chooses pages among all tokens, which lie on ranks apart",
-            hint=hint,
+            hint=TO_SHARDS if isinstance(policy, ShardSelector) else hint,
         )
     if isinstance(policy, Evictor) and policy.ends(torch.ones(1, 1, dtype=torch.int64)) is None:
         raise UsageError(

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from pikv_core.cache.ranks import Heads, Split, TokenTurns
+from pikv_core.cache.ranks_shards import ByShards
+from pikv_core.cache.shards_snapshot import own_pages, whole_pages
 from pikv_core.cache.snapshot import Snapshot
 from pikv_core.cache.store import EMPTY, Slots
 
@@ -28,6 +30,10 @@ def join(parts: Sequence[Snapshot], split: str) -> Snapshot:
     if split == TokenTurns.name:
         whole.small = {**first.small}
         whole.slots = {name: _in_order(held) for name, held in slots.items()}
+        return whole
+    if split == ByShards.name:
+        whole.small = {**first.small}
+        whole.slots = whole_pages(whole, parts)
         return whole
     whole.slots = {name: _side_by_side(held) for name, held in slots.items()}
     for name, x in first.small.items():
@@ -50,6 +56,8 @@ def part_of(whole: Snapshot, split: Split, num_ranks: int) -> Snapshot:
     if isinstance(split, TokenTurns):
         slots = {name: _turns_of(held, split) for name, held in whole.slots.items()}
         return Snapshot(facts, whole.small, slots, whole.growing)
+    if isinstance(split, ByShards):
+        return Snapshot(facts, whole.small, own_pages(whole, split.own_shards), whole.growing)
     part = Snapshot(facts)
     part.slots = {name: _picked(held, split.own_heads) for name, held in whole.slots.items()}
     for name, x in whole.small.items():

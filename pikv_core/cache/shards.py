@@ -7,6 +7,8 @@ E shards, P pages, K pages that are read, D head dim.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from pikv_core.cache.clusters import assign
@@ -19,6 +21,19 @@ NONE = -1  # a page that is not there
 STATE = "shards"
 
 
+@dataclass(frozen=True)
+class OwnShards:
+    """Which shards are stored here: every `count`-th one, from the `rank`-th on."""
+
+    rank: int
+    count: int
+
+    def places(self, shard_of_page: torch.Tensor, num_shards: int) -> torch.Tensor:
+        """Return where each page [B,G,P] lies here, NONE for those that lie elsewhere or nowhere."""
+        is_own = (shard_of_page % self.count == self.rank) & (shard_of_page < num_shards)
+        return (is_own.cumsum(-1) - 1).masked_fill(~is_own, NONE)
+
+
 class Shards:
     """Place tokens in shards and choose what a query reads; what it knows lies in the layer's memory.
 
@@ -27,8 +42,8 @@ class Shards:
     channel-wise extremes, lowest and highest.
     """
 
-    def __init__(self, selector: ShardSelector, run: LayerRun, page_tokens: int):
-        self.selector, self._run, self.page_tokens = selector, run, page_tokens
+    def __init__(self, selector: ShardSelector, run: LayerRun, page_tokens: int, own: OwnShards | None = None):
+        self.selector, self._run, self.page_tokens, self._own = selector, run, page_tokens, own
 
     @property
     def _state(self) -> dict[str, torch.Tensor] | None:
@@ -61,16 +76,18 @@ class Shards:
         take = moved[..., None]
         keys, values = (x.gather(2, take.expand(*moved.shape, x.shape[-1])) for x in tail.decoded())
         slot = self._place(keys, is_token, expert)
-        state = self._state
-        assert state is not None
-        num_new = state["shard_of_page"].shape[2] * self.page_tokens - body.num_slots
+        if self._own is not None:
+            at = self._places().gather(2, slot.clamp(min=0) // self.page_tokens)
+            slot = (at * self.page_tokens + slot % self.page_tokens).masked_fill((at < 0) | (slot < 0), EMPTY)
+        num_new = self._num_places() * self.page_tokens - body.num_slots
         if num_new:
             B, G = position.shape[:2]
             blank = position.new_full((B, G, num_new), EMPTY)
             body.append(
                 keys.new_zeros(B, G, num_new, keys.shape[3]), values.new_zeros(B, G, num_new, values.shape[3]), blank
             )
-        body.overwrite(slot, keys, values, position)
+        if body.num_slots:
+            body.overwrite(slot, keys, values, position)
         tail.keep(rest)
         return True
 
@@ -93,7 +110,11 @@ class Shards:
         longest = int(is_wanted.sum(-1).max())
         first = torch.arange(P, device=query.device) - rank * P  # higher: a better shard, then a later page
         pages = first.topk(max(1, min(fit, longest)), dim=-1).indices
-        return pages.masked_fill(~is_wanted.gather(2, pages), NONE)
+        pages = pages.masked_fill(~is_wanted.gather(2, pages), NONE)
+        if self._own is None:
+            return pages
+        here = self._places().gather(2, pages.clamp(min=0)).masked_fill(pages < 0, NONE)
+        return here.sort(dim=-1, descending=True).values[..., : max(1, int((here >= 0).sum(-1).max()))]
 
     def score(self, query: torch.Tensor, scale: float) -> torch.Tensor:
         """Return the selector's scores [B,G,E] for query [B,G,R,D], -inf for empty shards."""
@@ -117,10 +138,30 @@ class Shards:
         state, selector = self._state, self.selector
         assert state is not None
         shard = state["shard_of_page"]
+        if self._own is not None:
+            at = self._places()
+            beyond = shard.shape[2]
+            here = torch.nn.functional.pad(shard, (0, 1)).scatter(2, at.masked_fill(at < 0, beyond), shard)
+            shard = here[..., : self._num_places()]
+            ends = (at >= 0).sum(-1, keepdim=True)
+            shard = shard.masked_fill(torch.arange(shard.shape[2], device=shard.device) >= ends, selector.shards)
         if pages is not None:
             shard = shard.gather(2, pages.clamp(min=0)).masked_fill(pages < 0, selector.shards)
         first = selector.shards - selector.slow_shards
         return int(((shard >= first) & (shard < selector.shards)).sum())
+
+    def _places(self) -> torch.Tensor:
+        """Return where each page [B,G,P] lies in the body here, NONE for those that do not."""
+        state = self._state
+        assert state is not None and self._own is not None
+        return self._own.places(state["shard_of_page"], self.selector.shards)
+
+    def _num_places(self) -> int:
+        """Return how many pages the body has here, in the head that has the most."""
+        state = self._state
+        assert state is not None
+        num_pages = state["shard_of_page"].shape[2]
+        return num_pages if self._own is None or not num_pages else int(self._places().max()) + 1
 
     def _place(self, keys: torch.Tensor, is_token: torch.Tensor, expert: torch.Tensor | None) -> torch.Tensor:
         """Return the slots [B,G,N] of new tokens, EMPTY for padding, and count them in."""

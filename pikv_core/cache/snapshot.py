@@ -51,7 +51,7 @@ def restore(cache: PiKVCache, found: Snapshot, device: torch.device) -> None:
     for layer, facts in zip(cache.own_layers, found.facts["layers"], strict=True):
         if facts is not None:
             _restore_layer(layer, facts, found, device)
-    cache.own_layers[0].run.shared.update(_unpacked(found.facts["shared"], found.small, device))
+    cache.own_layers[0].run.shared.update(unpacked(found.facts["shared"], found.small, device))
     cache.events[:] = found.facts["events"]
     for layer in cache.own_layers:
         if layer.is_initialized:
@@ -98,7 +98,7 @@ def _restore_layer(layer: CacheLayer, facts: Mapping[str, Any], found: Snapshot,
     layer.seen.set(found.small[f"{name}.num_seen"])
     layer.budgets.head_share = found.small.get(f"{name}.head_share")
     layer.seen_length = facts["seen_length"]
-    layer.run.own.update(_unpacked(facts["own"], found.small, device))
+    layer.run.own.update(unpacked(facts["own"], found.small, device))
     layer.lanes = []
     for number, about in enumerate(facts["lanes"]):
         prefix = f"{name}.lanes.{number}"
@@ -125,9 +125,10 @@ def _packed(memory: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
     return {"value": memory}
 
 
-def _unpacked(packed: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], device: torch.device) -> Any:
+def unpacked(packed: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], device: torch.device) -> Any:
+    """Return what a member remembers."""
     if "items" in packed:
-        return {key: _unpacked(value, tensors, device) for key, value in packed["items"]}
+        return {key: unpacked(value, tensors, device) for key, value in packed["items"]}
     if "tensor" in packed:
         return tensors[packed["tensor"]].to(device)
     return packed["value"]

@@ -60,7 +60,7 @@ class Ranks:
             if split is None:
                 raise UsageError(
                     "the processes that torchrun started have to be told how they split the cache",
-                    hint="give --split heads or --split tokens, or start one process without torchrun",
+                    hint="give --split heads, tokens or shards, or start one process without torchrun",
                 )
             dist.init_process_group(backend, store=store, rank=rank, world_size=count)
             with _told_to_end(rank, hint):

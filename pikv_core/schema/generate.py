@@ -75,7 +75,7 @@ class GenerateRecipe(Recipe):
     cache: CacheRecipe = CacheRecipe()
     backend: Backend = "auto"
     graph: bool = False  # record a step at full budget as a CUDA graph, and replay it
-    split: Literal["heads", "tokens"] | None = None  # how the ranks that torchrun starts share the cache
+    split: Literal["heads", "tokens", "shards"] | None = None  # how the ranks that torchrun starts share the cache
     prompt: str | None = None
     prompt_file: str | None = None
     prompts: str | None = None  # a jsonl file with a key `prompt` in every line

@@ -22,8 +22,8 @@ from peers.report import machine
 from timing import random_llama
 
 from pikv_core.cache import PiKVCache
-from pikv_core.cache.prefix_identity import identity
-from pikv_core.cache.prefix_store import PrefixStore
+from pikv_core.cache.prefix.identity import identity
+from pikv_core.cache.prefix.store import PrefixStore
 from pikv_core.data.requests import Requests
 from pikv_core.model.loading import load_model
 from pikv_core.model.prefix_reuse import PrefixReuse, measure

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from pikv_core.cache.ranks import Wire
+from pikv_core.cache.ranks.split import Wire
 
 PATIENCE_S = 60
 

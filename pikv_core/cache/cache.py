@@ -17,13 +17,13 @@ from pikv_core.cache.attention import ENTRY, claim_entry
 from pikv_core.cache.backend import check_forced
 from pikv_core.cache.budget import Budget, Shape
 from pikv_core.cache.layer import CacheLayer
-from pikv_core.cache.ranks import Wire, make_split
+from pikv_core.cache.ranks.split import Wire, make_split
 from pikv_core.cache.recording import Recorder
 from pikv_core.cache.rotary import Rotary
-from pikv_core.cache.routing import Routing
+from pikv_core.cache.shards.routing import Routing
 from pikv_core.cache.static import check_static
 from pikv_core.cache.support import check_layers, check_recipe, windows
-from pikv_core.cache.tiers import Tiers
+from pikv_core.cache.tiers.tiers import Tiers
 from pikv_core.components import Component, build
 from pikv_core.compression import CODECS
 from pikv_core.compression.base import Codec

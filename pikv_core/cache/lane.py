@@ -19,10 +19,10 @@ from pikv_core.cache.newest import Read, attend_newest
 from pikv_core.cache.page_bounds import PageBounds
 from pikv_core.cache.reach import Reach
 from pikv_core.cache.recording import CHUNK_QUERIES, Recorded
-from pikv_core.cache.shards import OwnShards, Shards
+from pikv_core.cache.shards.shards import OwnShards, Shards
 from pikv_core.cache.store import Store
-from pikv_core.cache.tiers import Tiers
-from pikv_core.cache.tiers_store import TieredStore
+from pikv_core.cache.tiers.store import TieredStore
+from pikv_core.cache.tiers.tiers import Tiers
 from pikv_core.compression.base import Codec
 from pikv_core.compression.none import Plain
 from pikv_core.observation import LayerRun, Observer, Reads, Rows

@@ -18,11 +18,11 @@ from pikv_core.cache.lane import Lane, LayerPlan
 from pikv_core.cache.reach import Reach
 from pikv_core.cache.recording import Recorded, Recorder
 from pikv_core.cache.seen import Seen
-from pikv_core.cache.shards import EXPERT
+from pikv_core.cache.shards.shards import EXPERT
 from pikv_core.cache.store import EMPTY
 from pikv_core.cache.support import check_selector
-from pikv_core.cache.tiers import Tiers
-from pikv_core.cache.tiers_placing import place
+from pikv_core.cache.tiers.placing import place
+from pikv_core.cache.tiers.tiers import Tiers
 from pikv_core.compression.base import Codec
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.observation import ALL, LayerRun, Observer
@@ -30,7 +30,7 @@ from pikv_core.scheduling.allocation.base import Allocation
 from pikv_core.scheduling.base import Evictor, Policy, Selector, ShardSelector
 
 if TYPE_CHECKING:
-    from pikv_core.cache.ranks import Split
+    from pikv_core.cache.ranks.split import Split
 
 # What attention code asks of keys and values, if it takes them for tensors.
 TENSOR_ATTRIBUTES = {"shape", "size", "dim", "ndim", "to", "view", "reshape", "transpose", "permute", "contiguous"}

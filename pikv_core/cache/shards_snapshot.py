@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from pikv_core.cache.shards import NONE, STATE, OwnShards
+from pikv_core.cache.shards.shards import NONE, STATE, OwnShards
 from pikv_core.cache.snapshot import Snapshot, unpacked
 from pikv_core.cache.store import EMPTY, Slots
 

@@ -27,7 +27,7 @@ from safetensors import torch as safetensors
 
 from pikv_core.cache.cache import PiKVCache
 from pikv_core.cache.changes import Change, Changes
-from pikv_core.cache.ranks_log import RankReplay
+from pikv_core.cache.ranks.log import RankReplay
 from pikv_core.cache.snapshot import Snapshot, take
 from pikv_core.errors import PiKVError, UsageError
 

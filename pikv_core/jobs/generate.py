@@ -15,7 +15,7 @@ from pikv_core.runs import Run, find_model, rank
 from pikv_core.schema import GenerateRecipe
 
 if TYPE_CHECKING:
-    from pikv_core.cache.prefix_store import PrefixReport
+    from pikv_core.cache.prefix.store import PrefixReport
     from pikv_core.model.generation import BatchCost, Completion
     from pikv_core.model.ranks import Ranks
 
@@ -85,7 +85,7 @@ def _generate(
     recipe: GenerateRecipe, run: Run, prompts: list[str], ranks: Ranks, closing: ExitStack
 ) -> GenerateResult | None:
     from pikv_core.cache import stream
-    from pikv_core.cache.prefix_identity import check_block_policy
+    from pikv_core.cache.prefix.identity import check_block_policy
     from pikv_core.components import build
     from pikv_core.jobs.record_attention import Recording
     from pikv_core.model.generation import as_chat, generate_batch

@@ -11,8 +11,8 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from pikv_core.cache import PiKVCache, stream
-from pikv_core.cache.prefix_store import PrefixStore
-from pikv_core.cache.ranks_log import Follower
+from pikv_core.cache.prefix.store import PrefixStore
+from pikv_core.cache.ranks.log import Follower
 from pikv_core.errors import UsageError
 from pikv_core.model.loading import LoadedModel
 from pikv_core.model.prefix_reuse import PrefixReuse

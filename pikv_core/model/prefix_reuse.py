@@ -10,9 +10,9 @@ import torch
 from transformers import StoppingCriteria
 
 from pikv_core.cache import PiKVCache
-from pikv_core.cache.prefix_blocks import dimensions, pack, put, take
-from pikv_core.cache.prefix_identity import identity, least_fed
-from pikv_core.cache.prefix_store import Measured, PrefixStore
+from pikv_core.cache.prefix.blocks import dimensions, pack, put, take
+from pikv_core.cache.prefix.identity import identity, least_fed
+from pikv_core.cache.prefix.store import Measured, PrefixStore
 from pikv_core.errors import UsageError
 from pikv_core.model.steps import feed
 from pikv_core.schema import CacheRecipe

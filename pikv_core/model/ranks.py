@@ -16,9 +16,9 @@ import torch.distributed as dist
 from transformers import StoppingCriteria
 
 from pikv_core.cache import PiKVCache, stream
-from pikv_core.cache.ranks import Wire
-from pikv_core.cache.ranks_log import Follower, RankChanges
-from pikv_core.cache.ranks_snapshot import part_of
+from pikv_core.cache.ranks.log import Follower, RankChanges
+from pikv_core.cache.ranks.snapshot import part_of
+from pikv_core.cache.ranks.split import Wire
 from pikv_core.collectives import is_of_connection
 from pikv_core.errors import PiKVError, UsageError
 

@@ -9,7 +9,7 @@ from transformers import StoppingCriteria
 
 from pikv_core.cache import PiKVCache, stream
 from pikv_core.cache.fingerprint import fingerprint, is_same
-from pikv_core.cache.ranks_log import Follower
+from pikv_core.cache.ranks.log import Follower
 from pikv_core.cache.snapshot import restore
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.recipes import dump

@@ -9,8 +9,8 @@ import pytest
 import torch
 from plain_replay import random_requests
 
-from pikv_core.cache.prefix_blocks import pack
-from pikv_core.cache.prefix_store import Measured, PrefixStore
+from pikv_core.cache.prefix.blocks import pack
+from pikv_core.cache.prefix.store import Measured, PrefixStore
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.schema import PrefixSettings
 from pikv_core.simulation.metrics import hit_row

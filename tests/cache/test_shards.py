@@ -10,7 +10,7 @@ from single_layer import single_layer
 from small_calibration import codecs, write
 
 from pikv_core.cache import PiKVCache
-from pikv_core.cache.clusters import assign
+from pikv_core.cache.shards.clusters import assign
 from pikv_core.cache.store import Store
 from pikv_core.compression.int8 import Int8
 from pikv_core.compression.none import Plain
@@ -255,7 +255,7 @@ def test_tokens_go_where_the_router_sends_them(small_model, arch):
 
 def num_listened(model):
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
-    return sum(hook.__module__ == "pikv_core.cache.routing" for hook in hooks)
+    return sum(hook.__module__ == "pikv_core.cache.shards.routing" for hook in hooks)
 
 
 def test_low_rank_shards_are_those_of_the_codec(small_model, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from thread_ranks import on_ranks
 
 from pikv_core.cache import PiKVCache
-from pikv_core.cache.ranks import Turns, Wire
+from pikv_core.cache.ranks.split import Turns, Wire
 from pikv_core.compression import CODECS
 from pikv_core.errors import UsageError
 from pikv_core.model.steps import feed, prefill, step

@@ -8,9 +8,9 @@ from test_split_cache import decode
 from thread_ranks import on_ranks
 
 from pikv_core.cache import PiKVCache, stream
-from pikv_core.cache.ranks import Wire
-from pikv_core.cache.ranks_log import Follower, RankChanges
-from pikv_core.cache.ranks_snapshot import part_of
+from pikv_core.cache.ranks.log import Follower, RankChanges
+from pikv_core.cache.ranks.snapshot import part_of
+from pikv_core.cache.ranks.split import Wire
 from pikv_core.cache.snapshot import restore
 from pikv_core.errors import UsageError
 from pikv_core.model.steps import feed, prefill, step

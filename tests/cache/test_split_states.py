@@ -5,8 +5,8 @@ import torch
 from thread_ranks import on_ranks
 
 from pikv_core.cache import PiKVCache, stream
-from pikv_core.cache.ranks_log import Follower, RankChanges
-from pikv_core.cache.ranks_snapshot import part_of
+from pikv_core.cache.ranks.log import Follower, RankChanges
+from pikv_core.cache.ranks.snapshot import part_of
 from pikv_core.cache.snapshot import restore
 from pikv_core.model.steps import prefill, step
 

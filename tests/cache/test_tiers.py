@@ -10,9 +10,10 @@ import pytest
 import torch
 from small_models import use_stock_attention
 
-from pikv_core.cache import PiKVCache, tiers_memory
+from pikv_core.cache import PiKVCache
 from pikv_core.cache.backend import attending_by
 from pikv_core.cache.snapshot import restore, take
+from pikv_core.cache.tiers import memory
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.model.steps import feed
 
@@ -211,7 +212,7 @@ def test_full_tiers_and_full_disks_are_told(small_model, monkeypatch, tmp_path):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tiers_memory.os, "posix_fallocate", full)
+    monkeypatch.setattr(memory.os, "posix_fallocate", full)
     with pytest.raises(PiKVError, match=r"cannot keep .* bytes of the cache here: No space left"):
         run(model, {"tiers": {"device": 70_000, "page_tokens": 8, **DISK}})
 

@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from pikv_core.cache import PiKVCache
-from pikv_core.cache.prefix_identity import identity, least_fed
-from pikv_core.cache.prefix_store import PrefixStore
+from pikv_core.cache.prefix.identity import identity, least_fed
+from pikv_core.cache.prefix.store import PrefixStore
 from pikv_core.errors import UsageError
 from pikv_core.model.prefix_reuse import PrefixReuse, measure
 from pikv_core.schema import PrefixSettings

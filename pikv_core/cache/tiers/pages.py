@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pikv_core.cache.tiers_memory import Tier
+from pikv_core.cache.tiers.memory import Tier
 
 GRAIN_BYTES = 64  # that tensors begin at a multiple of
 MOST_PAGES = 64  # that are allocated at a time while single pages arrive, and a sixteenth of those that are there

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pikv_core.cache.tiers_memory import Tier
-from pikv_core.cache.tiers_transfers import Piece, Totals, Transfers
+from pikv_core.cache.tiers.memory import Tier
+from pikv_core.cache.tiers.transfers import Piece, Totals, Transfers
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.scheduling.base import Policy, Selector, ShardSelector
 from pikv_core.scheduling.flexgen import FlexGen
 from pikv_core.schema import CacheRecipe, TiersRecipe
 
 if TYPE_CHECKING:
-    from pikv_core.cache.tiers_store import TieredStore
+    from pikv_core.cache.tiers.store import TieredStore
 
 NUM_BUFFERS = 4  # where a layer is read in pieces; two where it is read whole
 SPARE = 16  # a sixteenth of the buffers, to grow

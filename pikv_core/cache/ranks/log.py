@@ -1,6 +1,6 @@
 """States of a cache that is split over ranks, in one log: rank 0 writes what changed on all of them at one moment.
 
-What is read back is the cache of one process (`ranks_snapshot.join`), so that any number of ranks goes on from it.
+What is read back is the cache of one process (`snapshot.join`), so that any number of ranks goes on from it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from safetensors import torch as safetensors
 
 from pikv_core.cache.changes import Change, Changes, Replay
-from pikv_core.cache.ranks import Wire
-from pikv_core.cache.ranks_snapshot import join
+from pikv_core.cache.ranks.snapshot import join
+from pikv_core.cache.ranks.split import Wire
 from pikv_core.cache.snapshot import Snapshot, take
 
 if TYPE_CHECKING:

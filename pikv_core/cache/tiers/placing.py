@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pikv_core.cache.tiers_store import TieredStore
+from pikv_core.cache.tiers.store import TieredStore
 
 if TYPE_CHECKING:
     from pikv_core.cache.lane import Lane

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pikv_core.cache.prefix_blocks import Block, Damaged, chain, pack, unpack
-from pikv_core.cache.prefix_folder import check_same, locked, read_manifest, remove, write, write_manifest
-from pikv_core.cache.prefix_identity import check_block_policy
-from pikv_core.cache.prefix_log import RequestLog
+from pikv_core.cache.prefix.blocks import Block, Damaged, chain, pack, unpack
+from pikv_core.cache.prefix.folder import check_same, locked, read_manifest, remove, write, write_manifest
+from pikv_core.cache.prefix.identity import check_block_policy
+from pikv_core.cache.prefix.log import RequestLog
 from pikv_core.components import build
 from pikv_core.errors import PiKVError
 from pikv_core.files import make_folder

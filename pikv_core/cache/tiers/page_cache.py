@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pikv_core.cache.tiers_pages import Layout, SlowPages
+from pikv_core.cache.tiers.pages import Layout, SlowPages
 
 
 class PageCache:

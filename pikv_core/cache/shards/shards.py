@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pikv_core.cache.clusters import assign
+from pikv_core.cache.shards.clusters import assign
 from pikv_core.cache.store import EMPTY, Store
 from pikv_core.observation import LayerRun
 from pikv_core.scheduling.base import ShardKeys, ShardSelector

@@ -3,7 +3,7 @@
 Every rank has the whole model and goes on with the same bits as the others. By heads it holds some of every layer's
 key/value heads, attends by their queries alone, and the outputs are put together. By tokens it holds some of the
 tokens, all queries attend over them, and the partial outputs are merged by their log-sum-exp, in the order of ranks. By
-shards: see `pikv_core.cache.ranks_shards`.
+shards: see `pikv_core.cache.ranks.by_shards`.
 Shapes: B batch, H query heads, G key/value heads, R = H/G, T new tokens, S stored slots, D head dim.
 """
 
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from pikv_core.cache.attend_part import attend_part
-from pikv_core.cache.ranks_shards import ByShards, check_shards
+from pikv_core.cache.ranks.attend_part import attend_part
+from pikv_core.cache.ranks.by_shards import ByShards, check_shards
 from pikv_core.compression.base import Codec
 from pikv_core.errors import UsageError
 from pikv_core.scheduling import POLICIES

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pikv_core.cache.attend_part import attend_part
 from pikv_core.cache.newest import attend_reads
-from pikv_core.cache.shards import OwnShards
+from pikv_core.cache.ranks.attend_part import attend_part
+from pikv_core.cache.shards.shards import OwnShards
 from pikv_core.compression.base import Codec
 from pikv_core.errors import UsageError
 from pikv_core.scheduling.base import Policy, ShardSelector
@@ -24,7 +24,7 @@ from pikv_kernels.partial_attention import Partial
 
 if TYPE_CHECKING:
     from pikv_core.cache.layer import CacheLayer
-    from pikv_core.cache.ranks import Wire
+    from pikv_core.cache.ranks.split import Wire
 
 
 class ByShards:

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from pikv_core.cache.store import Slots, Store
-from pikv_core.cache.tiers_page_cache import PageCache
-from pikv_core.cache.tiers_pages import Layout, SlowPages
-from pikv_core.cache.tiers_transfers import Piece
+from pikv_core.cache.tiers.page_cache import PageCache
+from pikv_core.cache.tiers.pages import Layout, SlowPages
+from pikv_core.cache.tiers.transfers import Piece
 from pikv_core.compression.base import Codec
 from pikv_core.errors import PiKVError
 from pikv_kernels.merge_partials import join_partials
 from pikv_kernels.partial_attention import Partial
 
 if TYPE_CHECKING:
-    from pikv_core.cache.tiers import Tiers
+    from pikv_core.cache.tiers.tiers import Tiers
 
 
 class TieredStore(Store):

@@ -1,0 +1,1 @@
+"""Blocks of prompts on disk, for prompts that begin alike."""

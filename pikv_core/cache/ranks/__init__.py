@@ -1,0 +1,1 @@
+"""A cache that is split over ranks, by heads, tokens or shards."""

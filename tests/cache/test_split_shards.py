@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import small_calibration
 import torch
 from test_split_cache import decode
 from thread_ranks import on_ranks
@@ -75,6 +76,22 @@ def test_ranks_are_as_one(small_model, arch, recipe, count):
         parts = [held(cache, layer) for cache, *_ in found]
         assert sorted(token for own, _ in parts for token in own) == body and len(body) > 100
         assert all(own == tail for _, own in parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", ["svd", "lora"])
+def test_codecs_of_one_token_a_unit_are_split(small_model, tmp_path, codec):
+    model, ids = small_model("llama"), prompts(1, PROMPT)
+    folder = small_calibration.write(model, tmp_path / "fitted", small_calibration.codecs(model))
+    recipe = {**of_shards(top_shards=2, codec=codec), "calibration": [folder]}
+    with torch.no_grad():
+        logits, _ = decode(model, PiKVCache.for_model(model, recipe), ids, STEPS)
+
+    def work(wire):
+        return decode(model, PiKVCache.for_model(model, recipe).share("shards", wire, model), ids, STEPS)[0]
+
+    for found in on_ranks(4, work):
+        torch.testing.assert_close(found, logits, **CLOSE)
 
 
 @pytest.mark.parametrize("by", [pytest.param("keys", marks=pytest.mark.slow), "router"])

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from pikv_core.cache.ranks.by_shards import ByShards
+from pikv_core.cache.ranks.shard_pages import own_pages, whole_pages
 from pikv_core.cache.ranks.split import Heads, Split, TokenTurns
-from pikv_core.cache.shards_snapshot import own_pages, whole_pages
 from pikv_core.cache.snapshot import Snapshot
 from pikv_core.cache.store import EMPTY, Slots
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_calibration import codecs, gates, write
+from small_calibration import codecs, policies, write
 
 from pikv_core.cache import PiKVCache
 from pikv_core.components import Component
@@ -34,7 +34,7 @@ def calibration_of(small_model, tmp_path_factory):
     def make(arch):
         if arch not in made:
             model = small_model(arch)
-            made[arch] = write(model, tmp_path_factory.mktemp(arch) / "calibration", [*codecs(model), gates(model)])
+            made[arch] = write(model, tmp_path_factory.mktemp(arch) / "calibration", [*codecs(model), *policies(model)])
         return made[arch]
 
     return make

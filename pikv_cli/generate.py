@@ -108,18 +108,20 @@ def _go_on_from(resume: str, shared: options.Shared, flags: dict[str, Any]) -> N
     from pikv_core.errors import UsageError
 
     own = {"resume", "save_state", "save_every", "prompt", "max_new_tokens", "backend", "split"}
-    given = [
-        name.removeprefix("cache.").split(".")[0]
-        for name, value in flags.items()
-        if value not in (None, []) and name not in own
-    ]
+    given = [_option(name) for name, value in flags.items() if value not in (None, []) and name not in own]
     given += [name for name in ("recipe", "set", "seed", "dtype") if getattr(shared, name)]
     if given:
         raise UsageError(
-            f"--resume takes the recipe of its state, not --{given[0].replace('_', '-')}",
+            f"--resume takes the recipe of its state, not --{given[0]}",
             hint="beside it go a prompt that comes behind, --max-new-tokens, --save-state, --device and the like",
         )
     shared.recipe = stream.about(resume)["recipe"]
+
+
+def _option(key: str) -> str:
+    """Return the name of the option that sets a recipe's key."""
+    key = key.removeprefix("cache.").removeprefix("policy.")
+    return "tiers" if key.startswith("tiers.") else key.replace(".", "-").replace("_", "-")
 
 
 def _tiers(given: str | None) -> dict[str, Any]:

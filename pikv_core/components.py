@@ -52,7 +52,9 @@ class MemberOf:
         options = dict(value) if isinstance(value, Mapping) else {"name": value}
         name = options.pop("name", None)
         if not isinstance(name, str):
-            raise PydanticCustomError("component", "{text}", {"text": f"expected the name of a {registry.kind}"})
+            beside = f" beside {', '.join(map(repr, options))}" if options else ""
+            text = f"expected the name of a {registry.kind}{beside}"
+            raise PydanticCustomError("component", "{text}", {"text": text})
         name, colon, listed = name.partition(":")
         component_check(registry, name)
         if colon:

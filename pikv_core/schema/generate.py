@@ -23,6 +23,8 @@ from pikv_core.schema.base import (
 )
 from pikv_core.schema.tiers import TiersRecipe
 
+Place = Annotated[str, Field(min_length=1)]
+
 
 class CacheRecipe(Section):
     """What the cache keeps, and in which form."""
@@ -86,10 +88,10 @@ class GenerateRecipe(Recipe):
     top_k: Positive | None = None
     top_p: Share | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
-    save_state: str | None = None  # a folder or fsspec URL: the log of states that a later run goes on from
+    save_state: Place | None = None  # a folder or fsspec URL: the log of states that a later run goes on from
     save_every: Positive = 16  # tokens
     resume: str | None = None  # a folder or URL that save_state wrote; the prompt, if any, comes behind what is there
-    prefix_cache: str | None = None  # a folder that keeps blocks of prompts for later ones that begin alike
+    prefix_cache: Place | None = None  # a folder that keeps blocks of prompts for later ones that begin alike
     prefix: PrefixSettings = PrefixSettings()
     record_attention: str | None = None  # a file of safetensors, for `pikv simulate-cache`
     record: RecordSettings = RecordSettings()
@@ -117,6 +119,7 @@ class GenerateRecipe(Recipe):
             (self.record_attention is not None, "record_attention: what is stored is not attended from"),
             (self.graph, "graph: steps are not replayed beside a store"),
             (self.split is not None, "split: a block is of whole layers"),
+            (self.save_state == self.prefix_cache, "save_state in the same folder: each has a manifest of its own"),
         ]
         for is_asked, reason in refused:
             if is_asked:

@@ -174,6 +174,24 @@ def test_later_turns_beams_forks_and_resets(small_model):
     assert torch.equal(again, expected[0])
 
 
+def test_what_comes_while_held_is_read_behind_the_pages_and_forgotten(small_model):
+    model, ids = small_model("llama"), tokens(1, 60)
+    recipes = ({}, {"policy": "flexgen", "tiers": {"page_tokens": 8}})
+    caches = [PiKVCache.for_model(model, recipe) for recipe in recipes]
+    for cache in caches:
+        feed(model, cache, ids[:, :30])
+        cache.hold()
+    for at in range(30, 55):
+        expected, found = (feed(model, cache, ids[:, at : at + 1]) for cache in caches)
+        assert torch.equal(found, expected)
+    for cache in caches:
+        cache.rewind(25)
+        cache.compress()
+    expected, found = (feed(model, cache, ids[:, 55:56]) for cache in caches)
+    assert torch.equal(found, expected)
+    assert caches[1].tiers.report()["share_of_tokens"]["device"] < 0.5
+
+
 def test_a_restored_cache_goes_on_exactly(small_model):
     model = small_model("llama")
     for recipe in ({"tiers": {"device": 80_000, "page_tokens": 8}}, {**QUEST, "tiers": {"device": 170_000, **DISK}}):
@@ -225,6 +243,7 @@ def test_full_tiers_and_full_disks_are_told(small_model, monkeypatch, tmp_path):
         ({"tiers": {"disk": "/tmp"}}, "without a limit of the device hold nothing under policy 'full'"),
         ({"policy": {"name": "flexgen", "cxl": 0.2, "host": 0.3}}, "no such memory is given"),
         ({"policy": {"name": "flexgen", "host": 0.3}}, "sum to 0.8, not to 1"),
+        ({"policy": "flexgen", "rerotate": True}, "rerotate moves keys"),
         ({"policy": "flexgen", "budget": 0.5}, "'flexgen' keeps every token"),
     ],
 )

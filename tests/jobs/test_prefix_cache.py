@@ -100,6 +100,8 @@ def test_a_run_saves_its_state_beside(folder, pikv):
         (["--batch-size", 2], "batch_size"),
         (["--record-attention", "x.safetensors"], "record_attention"),
         (["--graph"], "graph"),
+        (["--save-state", "store"], "save_state in the same folder"),
+        (["--shards", 4], "expected the name of a policy beside 'shards'"),
         (["--prefix-policy", "belady"], "belady"),
         (["--prefix-bytes", "many"], "bytes such as"),
         (["--policy", "h2o", "--budget", "0.5"], "h2o"),

@@ -120,9 +120,11 @@ def test_a_run_that_goes_on_saves_in_its_own_place(folder, generate):
 
 def test_what_a_state_cannot_go_on_with_is_refused(folder, generate, tmp_path):
     generate(PROMPT, "--model", folder, "--max-new-tokens", 4, "--save-state", "state")
-    for words in (["--policy", "h2o"], ["--seed", 3], ["--temperature", 1], ["--set", "top_k=3"]):
+    for words in (["--policy", "h2o"], ["--seed", 3], ["--temperature", 1], ["--set", "top_k=3"], ["--shards", 3]):
         code, _, error = generate("--resume", "state", *words)
         assert (code, error.splitlines()[0]) == (2, f"error: --resume takes the recipe of its state, not {words[0]}")
+    code, _, error = generate("--resume", "state", "--tiers", "device=1MiB")
+    assert (code, error.splitlines()[0]) == (2, "error: --resume takes the recipe of its state, not --tiers")
     code, _, error = generate("--resume", "nowhere")
     assert code == 2
     assert "no state here" in error

@@ -55,7 +55,9 @@ def read_manifest(file: Path) -> dict[str, Any]:
         raise PiKVError(f"{file}: damaged: its checksum differs", hint=ANEW)
     about = json.loads(data)
     if about.get("format") != FORMAT:
-        raise PiKVError(f"{file}: format '{about.get('format')}' is unknown, known: {FORMAT}", hint=ANEW)
+        raise PiKVError(
+            f"{file}: format '{about.get('format')}' is unknown, known: {FORMAT}", hint="give another folder"
+        )
     return about
 
 

@@ -100,8 +100,19 @@ class TieredStore(Store):
             num_pages = min(wanted, (self.num_slots - 1) // self.page_tokens) - self.slow.num_pages
             if num_pages > 0:
                 self._move(num_pages)
-            self._room_units = (self.num_slots // self.page_tokens + 2) * self.slow.page_units
+            self._make_room()
         self.tiers.settled(self.layer)
+
+    def _make_room(self) -> None:
+        """Count buffers as long enough for a page of tokens more."""
+        self._room_units = (self.num_slots // self.page_tokens + 2) * self.slow.page_units
+
+    def _begin(self) -> None:
+        """Have buffers for all pages, and for what has come while the cache was held behind them."""
+        if self.num_slots > self._room_units * self.unit:
+            self._make_room()
+            self.tiers.has_buffers = False
+        self.tiers.begin(self.layer)
 
     def _pages_over(self, beside_bytes: int, read_pages: int) -> int:
         """Return how many pages the device's limit has no room for."""
@@ -162,7 +173,7 @@ class TieredStore(Store):
             return self.attend_pages(query, visible, pages, page_tokens, scale, None).output
         self._reads_pages = False
         if self.slow.num_pages:
-            self.tiers.begin(self.layer)
+            self._begin()
             if not self.tiers.reads_whole:
                 return self.attend(query, visible, scale, None, False).output
         (output,) = [part.attend_alone(query, visible, None, 0, scale) for part in self._parts()]
@@ -251,7 +262,7 @@ class TieredStore(Store):
             yield self.whole()
             return
         assert self.slow.layout is not None
-        self.tiers.begin(self.layer)
+        self._begin()
         is_whole = self.tiers.reads_whole
         for piece in self.pieces():
             with self.tiers.transfers.reading(piece) as buffer:

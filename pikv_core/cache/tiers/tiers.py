@@ -35,6 +35,10 @@ def check_tiers(recipe: CacheRecipe, policy: Policy) -> None:
             "policy 'flexgen' has a share in cxl, and no such memory is given",
             hint="simulate one: --set cache.tiers.cxl.bandwidth_gb_s=20",
         )
+    if recipe.rerotate:
+        raise UsageError(
+            "rerotate moves keys with every token, and those in tiers stay as they are", hint="leave it out"
+        )
     if recipe.tiers is None:
         return
     name = recipe.policy.name
@@ -47,10 +51,6 @@ def check_tiers(recipe: CacheRecipe, policy: Policy) -> None:
         raise UsageError(
             f"policy '{name}' adds tokens to pages of any age, and those in tiers are done",
             hint="choose full, flexgen or quest, or leave out cache.tiers",
-        )
-    if recipe.rerotate:
-        raise UsageError(
-            "rerotate moves keys with every token, and those in tiers stay as they are", hint="leave it out"
         )
     if recipe.tiers.device is None and not isinstance(policy, FlexGen):
         raise UsageError(

@@ -112,6 +112,9 @@ class GenerateRecipe(Recipe):
     @model_validator(mode="after")
     def _begins_with_a_prefix(self) -> GenerateRecipe:
         if self.prefix_cache is None:
+            if self.prefix != PrefixSettings():
+                text = "prefix says how a store is kept, and there is none; give prefix_cache a folder"
+                raise PydanticCustomError("sizes", "{text}", {"text": text})
             return self
         refused = [
             (self.batch_size > 1, "batch_size above 1: prompts are padded to one length, and a prefix begins at 0"),

@@ -9,7 +9,7 @@ import torch
 from single_layer import single_layer
 from small_calibration import codecs, write
 
-from pikv_core.cache import PiKVCache
+from pikv_core.cache import ExpertKVCache, PiKVCache
 from pikv_core.cache.shards.clusters import assign
 from pikv_core.cache.store import Store
 from pikv_core.compression.int8 import Int8
@@ -284,3 +284,10 @@ def test_what_does_not_go_together_is_refused_by_name(small_model):
         single_layer(ExpertShards(top_shards=2, by="router"), 1.0).lazy_initialization(*torch.zeros(2, 1, 1, 0, D))
     with pytest.raises(UsageError, match="top_shards 9 of 8 shards"):
         ExpertShards(top_shards=9)
+
+
+def test_a_cache_of_experts_is_of_the_policy_and_still_takes_recipes(small_model):
+    model = small_model("llama")
+    cache = ExpertKVCache(model, experts=4, top_k=2, newest=16)
+    assert cache.recipe.policy.plain() == PiKVCache.for_model(model, cache.recipe).recipe.policy.plain()
+    assert ExpertKVCache.for_model(model, {"policy": "h2o", "budget": 9}).recipe.policy.name == "h2o"

@@ -50,6 +50,11 @@ def write(path, prompts):
     return path
 
 
+def test_a_budget_without_a_store_is_refused(pikv):
+    code, _, told = pikv("generate", "a", "--model", "none", "--prefix-bytes", "4MiB")
+    assert code == 2 and "give prefix_cache a folder" in told
+
+
 @pytest.mark.parametrize("policy", ["lru", "s3fifo"])
 def test_hits_and_text(folder, pikv, tmp_path, policy):
     prompts = write(tmp_path / "prompts.jsonl", session(10))

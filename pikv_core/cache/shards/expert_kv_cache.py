@@ -31,3 +31,8 @@ class ExpertKVCache(PiKVCache):
         policy = {"name": "expert-shards", "shards": experts, "top_shards": top_k, "by": by, **options}
         super().__init__(model.config, recipes.validate(CacheRecipe, {**(cache or {}), "policy": policy}, "cache"))
         self.attach(model)
+
+    @classmethod
+    def from_recipe(cls, config: Any, recipe: Any) -> PiKVCache:
+        """Return the cache that a recipe describes, which says by itself what it keeps."""
+        return PiKVCache.from_recipe(config, recipe)

@@ -212,8 +212,10 @@ def test_files_have_no_name_while_they_are_used(small_model, tmp_path):
     mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     assert mapped and all("(deleted)" in line for line in mapped)
     del cache
-    gc.collect()
-    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    late = time.monotonic() + 20  # a page may be on its way
+    while str(tmp_path) in Path("/proc/self/maps").read_text():
+        assert time.monotonic() < late
+        gc.collect()
 
 
 def test_full_tiers_and_full_disks_are_told(small_model, monkeypatch, tmp_path):

@@ -175,6 +175,7 @@ def test_heads_spread_over_threads_are_the_same(monkeypatch):
 
 
 def test_the_choice_is_told_and_forced(monkeypatch):
+    monkeypatch.setattr(backends, "_choices", {})  # what other tests forced is known, and not asked again
     keys, values = random_tokens(backends.LEAST_NUMBERS // 128, 64)
     query = torch.randn(1, 2, 4, 64)
     by_default = attend_tokens(query, keys, values, None, 0.3)
@@ -185,7 +186,6 @@ def test_the_choice_is_told_and_forced(monkeypatch):
         attend_tokens(query.double(), keys.double(), values.double(), None, 0.3, backend="numba")
     attend_tokens(query.double(), keys.double(), values.double(), None, 0.3)
     monkeypatch.setattr(backends, "INTERPRETED", False)
-    monkeypatch.setattr(backends, "_choices", dict(backends._choices))
     with pytest.raises(ValueError, match="backend 'triton' needs a GPU, the tensors are on 'cpu'"):
         attend_tokens(query[:, :, :3], keys, values, None, 0.3, backend="triton")
     told = {

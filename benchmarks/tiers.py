@@ -3,11 +3,11 @@
     python benchmarks/tiers.py [--tokens 2048] [--steps 24] [--layers 8] [--rounds 3] [--threads 1] [--folder DIR]
 
 A random llama of hidden 1024 reads a prompt once; every cache goes on from the same state, greedily: in memory, and
-over tiers with a quarter of its bytes on the device (ordinary memory with a limit here), from host memory, from disk,
-and from a CXL memory that is simulated at bandwidths chosen so that a step's transfers take about so much of what its
-computation takes in memory. Then quest, in memory and from disk. All in turn in every round, medians. What transfers
-take is told over what the same steps took without waiting, both in wall time, so that other work on the cores slows
-both; the work that tiers add is told in processor time.
+over tiers with a quarter of its bytes on the device (a GPU, or ordinary memory with a limit), from host memory, from
+disk, and from a CXL memory that is simulated at bandwidths chosen so that a step's transfers take about so much of what
+its computation takes in memory. Then quest, in memory and from disk. All in turn in every round, medians. What
+transfers take is told over what the same steps took without waiting, both in wall time, so that other work on the cores
+slows both; the work that tiers add is told in processor time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pikv_core.cache.snapshot import Snapshot, restore, take
 from pikv_core.model.steps import feed, step
 
 RATIOS = (0.25, 0.5, 0.75, 1.0, 2.0)  # of a step's transfers to its computation
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 QUEST = {"policy": {"name": "quest", "dense_layers": 0}, "budget": 0.1}
 
 
@@ -52,8 +53,9 @@ def main() -> None:
     arguments = parser.parse_args()
     _, found = begin(arguments)
     found["clock"] = "wall time"
-    model = random_llama(arguments.layers, arguments.tokens)
-    ids = torch.randint(0, model.config.vocab_size, (1, arguments.tokens))
+    found["device"] = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    model = random_llama(arguments.layers, arguments.tokens).to(DEVICE)
+    ids = torch.randint(0, model.config.vocab_size, (1, arguments.tokens)).to(DEVICE)
     folder = arguments.folder or tempfile.gettempdir()
     full, chosen = (prefilled(model, ids, recipe) for recipe in ({}, QUEST))
     held = sum(x.nbytes for slots in full.slots.values() for x in slots.codes.values())
@@ -97,13 +99,13 @@ def decode(model: Any, state: Snapshot, recipe: dict[str, Any], num_steps: int) 
     """Go on from a state through a cache of its own."""
     cache = PiKVCache.for_model(model, recipe)
     restore(cache, state, model.device)
-    token, tokens, times, cpu_times = torch.zeros(1, dtype=torch.long), [], [], []
+    token, tokens, times, cpu_times = torch.zeros(1, dtype=torch.long, device=DEVICE), [], [], []
     for _ in range(num_steps):
         start, cpu_start = time.perf_counter(), time.process_time()
         token = step(model, cache, token).argmax(-1)
+        tokens.append(int(token))  # which waits for a GPU
         times.append(1e3 * (time.perf_counter() - start))
         cpu_times.append(1e3 * (time.process_time() - cpu_start))
-        tokens.append(int(token))
     medians = statistics.median(times), statistics.median(cpu_times)
     return Decoded(tokens, *medians, sum(times) / 1e3, None if cache.tiers is None else cache.tiers.report())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,8 @@ CALIBRATION = "calibration"
 class PolicyRouterResult:
     """model: whose cache is routed. calibration: the folder to hand on. metrics: of held-out prompts, costs in nats.
 
-    usage: how often each layer's router takes each of the strategies there. num_tokens: that were read.
+    usage: how often each layer's router takes each of the strategies there. margin: how far they lean to the best
+    single strategy, in logits. num_tokens: of the prompts trained on. tokens_per_s: of those, every round's, over all.
     """
 
     model: str
@@ -36,6 +38,7 @@ class PolicyRouterResult:
     strategies: list[str]
     usage: list[list[float]]
     num_steps: int
+    margin: float
     num_tokens: int
     tokens_per_s: float
 
@@ -58,7 +61,7 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
     from pikv_core.cache.calibration import layer_shapes
     from pikv_core.model.loading import load_model
     from pikv_core.scheduling.moe_router import num_features
-    from pikv_core.training import policy_router
+    from pikv_core.training import policy_router, router_lessons
     from pikv_core.training.needles import open_needles
 
     loaded = load_model(recipe.start, recipe)
@@ -70,7 +73,7 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
     width = num_features(layer_shapes(model.config)[0].head_dim)
     start = policy_router.untrained(model, policy, learnt, recipe.seed, width)
     options = {"strategies": list(policy.strategies), "router": policy.router}
-    kinds = " and ".join(policy_router.domains(needles))
+    kinds = " and ".join(router_lessons.domains(needles))
     run.reporter.status(f"{loaded.backend}; {settings.samples} prompts of {kinds}: {corpus}")
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:  # a cache takes what was fitted from a folder alone
@@ -79,16 +82,19 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
         nothing = calibration.Corpus(source="", sha256="", num_tokens=0)
         calibration.save(folder, loaded.source, model, nothing, [member])
         cache: dict[str, Any] = {"policy": {"name": "moe-router", **options}, "calibration": [folder]}
-        given = (model, cache, needles, settings)
-        lessons = policy_router.gather(*given, settings.samples, recipe.seed, "train")
-        held_out = policy_router.gather(*given, settings.eval_samples, policy_router.EVALUATION_SEED, "test")
-    tokens_per_s = (lessons.num_tokens + held_out.num_tokens) / (time.perf_counter() - begun)
-    fitted = policy_router.learn(lessons, policy, start, settings, run)
-    before = policy_router.measure(held_out, policy, start)
-    metrics = {**policy_router.measure(held_out, policy, fitted), "untrained": before["chosen"]}
-    usage = policy_router.usage(held_out, policy, fitted)
+        prompts = partial(router_lessons.held_prompts, model, cache, needles, settings)
+        fitted, others = start, None
+        for _ in range(settings.rounds):
+            lessons = router_lessons.gather(prompts(settings.samples, recipe.seed, "train"), others)
+            fitted = policy_router.learn(lessons, policy, start, settings, run)
+            others = policy_router.choice(policy, fitted)
+        unseen = prompts(settings.validation_samples, policy_router.VALIDATION_SEED, "train")
+        fitted, margin = policy_router.hedge(unseen, policy, fitted, lessons.best_single)
+        unseen = prompts(settings.eval_samples, policy_router.EVALUATION_SEED, "test")
+        metrics, usage = policy_router.measure(unseen, policy, fitted, start, recipe.seed)
+    seconds = time.perf_counter() - begun
     folder_out = run.folder / CALIBRATION
-    notes = {"length": settings.length, "budgets": settings.budgets, "measured": metrics}
+    notes = {"length": settings.length, "budgets": settings.budgets, "margin": margin, "measured": metrics}
     calibration.save(
         folder_out,
         loaded.source,
@@ -108,8 +114,9 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
         strategies=list(policy.strategies),
         usage=[[round(share, 4) for share in shares] for shares in usage],
         num_steps=settings.steps,
+        margin=margin,
         num_tokens=lessons.num_tokens,
-        tokens_per_s=tokens_per_s,
+        tokens_per_s=settings.rounds * lessons.num_tokens / seconds,
     )
     run.finish(result, {"attention": loaded.backend})
     return result

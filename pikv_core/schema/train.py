@@ -206,7 +206,9 @@ class PolicyRouterSettings(Section):
     context: Annotated[float, Field(gt=0, lt=1)] = 0.9  # share of it that is compressed; what follows measures the loss
     budgets: Annotated[list[Share], Field(min_length=1)] = [0.5, 0.35, 0.2]  # shares of the context
     samples: Positive = 36  # prompts, each under every budget
-    steps: Positive = 400
+    rounds: Positive = 2  # measured with the other layers whole at first, then as the routers choose
+    validation_samples: Positive = 18  # prompts that say how far to lean to the best single strategy
+    steps: Positive = 400  # a round
     batch: Positive = 64  # lessons a step
     lr: Annotated[float, Field(gt=0)] = 0.05
     weight_decay: Annotated[float, Field(ge=0)] = 0.01

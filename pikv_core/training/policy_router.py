@@ -1,87 +1,34 @@
 """Routers over cache strategies, trained on a frozen model for the policy `moe-router`.
 
-What a strategy costs in a layer is measured: the KL divergence of the next tokens behind the context from the full
-cache's, where that layer alone keeps what the strategy says. The router's loss is the cost that it expects, once over
-the layer's mean, which prompts on which much is lost dominate, and once over the prompt's own; and the balance of a
-mixture of experts. Noise on the features makes a choice that costs much where it is wrong one that has to be sure.
-Shapes: L layers, N lessons (a prompt under one budget), E strategies, F features, B prompts at a time, T tokens.
+The router's loss is the cost that it expects, once over the layer's mean, which prompts on which much is lost dominate,
+and once over the prompt's own; and the balance of a mixture of experts. Noise on the features makes a choice that costs
+much where it is wrong one that has to be sure. What a strategy costs in a layer depends on what the others keep: it is
+measured with the others whole, then again with them as the routers choose.
+Shapes: L layers, N lessons (a prompt under one budget), E strategies, F features.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from operator import methodcaller
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from pikv_core.cache import PiKVCache
-from pikv_core.data import tokens as token_streams
-from pikv_core.data.recall import RecallSource
 from pikv_core.errors import PiKVError
-from pikv_core.evaluation.samples import fingerprint
-from pikv_core.model.steps import feed
 from pikv_core.runs import Run
-from pikv_core.scheduling.moe_router import GIVEN, ROUTER, MoERouter, features, new_router, normalised
+from pikv_core.scheduling.moe_router import ROUTER, MoERouter, new_router, normalised
 from pikv_core.schema import PolicyRouterSettings
-from pikv_core.training.held_tokens import held_tokens
-from pikv_core.training.interrupt import Interrupt
-from pikv_core.training.needles import Needles
+from pikv_core.training.router_lessons import Choose, Held, Lessons, always, at_random
 
-AT_A_TIME = 2  # prompts; those drawn together have as many needles
+MARGINS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # in logits
+ALWAYS = 1e4  # a margin that nothing overcomes
 LEAST_COST = 1e-6  # nats, so that prompts on which nothing is lost stay finite
 LEAST_SPREAD = 1e-6  # of a feature
-EVALUATION_SEED = 20_263
-
-
-@dataclass(frozen=True)
-class Lessons:
-    """features [L,N,F]; cost [L,N,E] in nats; agree [L,N,E]: the share of tokens whose greedy choice stays."""
-
-    features: Tensor
-    cost: Tensor
-    agree: Tensor
-    sha256: str
-    num_tokens: int
-
-
-class Prompts(NamedTuple):
-    """ids [B,T], of which the first `num_context` are the context; is_answer [B,T] at the token before an answer."""
-
-    ids: Tensor
-    num_context: int
-    is_answer: Tensor
-
-
-def domains(needles: Needles) -> tuple[str, ...]:
-    """Return what prompts there are: needles anywhere, or with real text around them in either half, and plain text."""
-    has_text = isinstance(needles, RecallSource) and bool(needles.streams)
-    return ("needles early", "needles late", "text") if has_text else ("needles",)
-
-
-def draw(
-    needles: Needles, domain: str, rng: np.random.Generator, num: int, settings: PolicyRouterSettings, split: str
-) -> Prompts:
-    """Return `num` prompts of a domain; needles in a half are followed by their questions alone."""
-    length = settings.length
-    if domain == "needles":
-        batch = needles.batch(rng, num, length, split)
-        return Prompts(torch.from_numpy(batch.ids), settings.num_context, torch.from_numpy(batch.answer_mask))
-    assert isinstance(needles, RecallSource)
-    stream = token_streams.of_split(needles.streams, split)
-    if domain == "text":
-        ids = torch.from_numpy(token_streams.windows(rng, stream, num, length))
-        return Prompts(ids, settings.num_context, torch.zeros_like(ids, dtype=torch.bool))
-    recall = needles.batch(rng, num, length // 2, split)
-    half, asked = np.split(recall.ids, [recall.context_length], axis=1)
-    text = token_streams.windows(rng, stream, num, length - length // 2)
-    ids = torch.from_numpy(np.concatenate([half, text, asked] if domain == "needles early" else [text, half, asked], 1))
-    is_answer = torch.zeros_like(ids, dtype=torch.bool)
-    is_answer[:, -asked.shape[1] :] = torch.from_numpy(recall.answer_mask[:, recall.context_length :])
-    return Prompts(ids, length - asked.shape[1], is_answer)
+VALIDATION_SEED, EVALUATION_SEED = 20_262, 20_263
 
 
 def untrained(
@@ -96,74 +43,6 @@ def untrained(
     routers = {f"{ROUTER}{name}": torch.stack([state[name] for state in states]) for name in states[0]}
     plain = {"feature_mean": torch.zeros(num_layers, width), "feature_scale": torch.ones(num_layers, width)}
     return {**routers, **plain, **strategies}
-
-
-@torch.no_grad()
-def gather(
-    model: Any,
-    recipe: dict[str, Any],
-    needles: Needles,
-    settings: PolicyRouterSettings,
-    num: int,
-    seed: int,
-    split: str,
-) -> Lessons:
-    """Return what each strategy costs in each layer on `num` prompts, domains and budgets in turn.
-
-    recipe: of a cache under `moe-router`, without its budget. Raises PiKVError where a number is not finite, and when
-    interrupted.
-    """
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    read: list[Tensor] = []
-    kinds = domains(needles)
-    with Interrupt() as interrupt:
-        for turn, start in enumerate(range(0, num, AT_A_TIME)):
-            rng = np.random.default_rng([seed, turn])
-            prompts = draw(needles, kinds[turn % len(kinds)], rng, min(AT_A_TIME, num - start), settings, split)
-            read.append(prompts.ids)
-            for budget in settings.budgets:
-                found.append(costs(model, {**recipe, "budget": budget}, prompts))
-            if interrupt.wanted:
-                raise PiKVError("interrupted: no router is kept", hint="start again; it has no checkpoints")
-    x, cost, agree = (torch.cat(parts, dim=1) for parts in zip(*found))
-    if not bool(x.isfinite().all() and cost.isfinite().all()):
-        raise PiKVError("the model's numbers are not finite", hint="train in --dtype float32")
-    ids = torch.cat(read)
-    return Lessons(x, cost, agree, fingerprint(ids), ids.numel())
-
-
-@torch.no_grad()
-def costs(model: Any, recipe: dict[str, Any], prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
-    """Return features [L,B,F], cost and share of agreeing tokens [L,B,E] of what the contexts lose."""
-    ids, num_context, _ = prompts
-    context, later = (x.to(model.device) for x in (ids[:, :num_context], ids[:, num_context:]))
-    cache = PiKVCache.for_model(model, recipe)
-    cache.hold()
-    feed(model, cache, context)
-    capacity = max(1, int(recipe["budget"] * num_context))
-    x = torch.stack([features(held_tokens(layer, capacity)).cpu() for layer in cache.own_layers])
-    full = log_probs(model, cache.fork(), later)
-    policy = cache.own_layers[0].policy
-    assert isinstance(policy, MoERouter)
-    cost = torch.zeros(len(x), len(ids), len(policy.strategies))
-    agree = torch.zeros_like(cost)
-    for index in range(len(x)):
-        for strategy in range(len(policy.strategies)):
-            own = cache.fork()
-            layer = own.own_layers[index]
-            layer.run.own[GIVEN] = one_hot(strategy, len(policy.strategies), len(ids), model.device)
-            layer.compress()
-            found = log_probs(model, own, later)
-            cost[index, :, strategy] = (full.exp() * (full - found)).sum(dim=-1).mean(dim=-1).cpu()
-            agree[index, :, strategy] = (full.argmax(-1) == found.argmax(-1)).float().mean(dim=-1).cpu()
-    return x, cost, agree
-
-
-def one_hot(strategy: int, num_strategies: int, num_rows: int, device: Any) -> Tensor:
-    """Return weights [B,E] that are one strategy's alone."""
-    weights = torch.zeros(num_rows, num_strategies, device=device)
-    weights[:, strategy] = 1
-    return weights
 
 
 def learn(
@@ -210,42 +89,79 @@ def learn(
     return {**start, **trained, "feature_mean": mean, "feature_scale": scale}
 
 
-@torch.no_grad()
-def measure(lessons: Lessons, policy: MoERouter, fitted: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the costs in nats, means over layers and lessons, of choices and of those to compare with.
+def choice(policy: MoERouter, fitted: Mapping[str, Tensor]) -> Choose:
+    """Return what routers choose."""
+    routers = [policy.router_of(fitted, layer, "cpu") for layer in range(len(fitted["feature_mean"]))]
 
-    chosen: the most likely strategy. best_single: the one strategy that costs least over all. random: each as often.
-    oracle: the best in every layer of every prompt. gap_closed: how far chosen is from best_single to oracle.
+    @torch.no_grad()
+    def choose(held: Held) -> Tensor:
+        x = normalised(held.features, fitted["feature_mean"][:, None], fitted["feature_scale"][:, None])
+        routings = [router.route(own, None) for router, own in zip(routers, x)]
+        experts, weights = (torch.stack([getattr(own, name) for own in routings]) for name in ("experts", "weights"))
+        return torch.zeros(held.shape).scatter(-1, experts, weights)
+
+    return choose
+
+
+def leaning(fitted: Mapping[str, Tensor], strategy: int, margin: float) -> dict[str, Tensor]:
+    """Return routers that take another strategy than this one only where it is ahead by a margin, in logits."""
+    weight = fitted[f"{ROUTER}weight"].clone()
+    weight[:, strategy, -1] += margin  # times the feature that is always 1
+    return {**fitted, f"{ROUTER}weight": weight}
+
+
+def hedge(
+    prompts: Iterable[Held], policy: MoERouter, fitted: Mapping[str, Tensor], best: int
+) -> tuple[dict[str, Tensor], float]:
+    """Return the routers leaning to the `best` single strategy by the margin that loses least, and that margin.
+
+    prompts: of which nothing was learnt. Where the routers are not ahead of the single strategy by more than a standard
+    error, they take it always.
     """
-    cost = lessons.cost
-    x = normalised(lessons.features, fitted["feature_mean"][:, None], fitted["feature_scale"][:, None])
-    routers = [policy.router_of(fitted, layer, "cpu") for layer in range(len(x))]
-    chosen = torch.stack([router.route(own, None).experts[:, :1] for router, own in zip(routers, x)])
-    singles = cost.mean(dim=(0, 1))
-    best, oracle = float(singles.min()), float(cost.amin(dim=-1).mean())
-    reached = float(cost.gather(-1, chosen).mean())
-    return {
-        "chosen": reached,
-        "best_single": best,
-        "random": float(cost.mean()),
-        "oracle": oracle,
-        "gap_closed": (best - reached) / max(best - oracle, LEAST_COST),
-        **{f"single/{name}": value for name, value in zip(policy.strategies, singles.tolist())},
+    leant = [leaning(fitted, best, margin) for margin in MARGINS]
+    choices = [always(best), *(choice(policy, own) for own in leant)]
+    cost = torch.cat([held.together(choices) for held in prompts])
+    ahead = cost[:, :1] - cost
+    sure = ahead.mean(dim=0) - ahead.std(dim=0) * len(ahead) ** -0.5
+    if bool((sure <= 0).all()):
+        return leaning(fitted, best, ALWAYS), ALWAYS
+    chosen = int(ahead.mean(dim=0).masked_fill(sure <= 0, -torch.inf).argmax()) - 1
+    return leant[chosen], MARGINS[chosen]
+
+
+def measure(
+    prompts: Iterable[Held],
+    policy: MoERouter,
+    fitted: Mapping[str, Tensor],
+    start: Mapping[str, Tensor],
+    seed: int,
+) -> tuple[dict[str, float], list[list[float]]]:
+    """Return the costs in nats, means over prompts, of choices for all layers, and how often what was chosen [L,E].
+
+    chosen: by the routers; untrained: by those they `start` as. best_single: the one strategy that costs least over
+    all. random: any. oracle: see `Held.oracle`. gap_closed: how far chosen is from best_single to oracle.
+    """
+    routers = choice(policy, fitted)
+    named = {name: always(strategy) for strategy, name in enumerate(policy.strategies)}
+    others: dict[str, Choose] = {
+        "chosen": routers,
+        "untrained": choice(policy, start),
+        "random": at_random(seed),
+        "oracle": methodcaller("oracle"),
     }
+    cost, chosen = [], []
+    for held in prompts:
+        cost.append(held.together([*named.values(), *others.values()]))
+        chosen.append(routers(held))
+    means = torch.cat(cost).mean(dim=0).tolist()
+    singles, found = dict(zip(named, means)), dict(zip(others, means[len(named) :]))
+    found["best_single"] = min(singles.values())
+    gap = found["best_single"] - found["oracle"]
+    found["gap_closed"] = (found["best_single"] - found["chosen"]) / max(gap, LEAST_COST)
+    return {**found, **{f"single/{name}": value for name, value in singles.items()}}, usage(torch.cat(chosen, dim=1))
 
 
-def usage(lessons: Lessons, policy: MoERouter, fitted: Mapping[str, Tensor]) -> list[list[float]]:
-    """Return how often each layer's router chooses each strategy first: [L,E]."""
-    x = normalised(lessons.features, fitted["feature_mean"][:, None], fitted["feature_scale"][:, None])
-    E = len(policy.strategies)
-    firsts = [policy.router_of(fitted, layer, "cpu").route(own, None).experts[:, 0] for layer, own in enumerate(x)]
-    return [(torch.bincount(first, minlength=E) / len(first)).tolist() for first in firsts]
-
-
-def log_probs(model: Any, cache: PiKVCache, ids: Tensor) -> Tensor:
-    """Feed tokens [B,T] and return the log-probabilities [B,T,V] of what comes after each; float32."""
-    seen = cache.get_seq_length()
-    place: Sequence[int] = range(seen, seen + ids.shape[1])
-    position = torch.tensor(place, device=ids.device).expand(len(ids), -1)
-    output = model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True)
-    return output.logits.float().log_softmax(dim=-1)
+def usage(weights: Tensor) -> list[list[float]]:
+    """Return how often each layer chooses each strategy first [L,E], of weights [L,N,E]."""
+    first = functional.one_hot(weights.argmax(dim=-1), weights.shape[-1])
+    return first.float().mean(dim=1).tolist()

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from operator import methodcaller
 
 import numpy as np
 import pytest
@@ -20,10 +21,12 @@ from pikv_core.recipes import load
 from pikv_core.runs import Reporter, Run
 from pikv_core.scheduling.moe_router import WEIGHTS, MoERouter, num_features
 from pikv_core.schema import PolicyRouterSettings
-from pikv_core.training import policy_router
+from pikv_core.training import policy_router, router_lessons
 
 TASK = Recall(num_keys=16, num_values=8, num_filler=16)
-SETTINGS = PolicyRouterSettings(length=64, budgets=[0.4], samples=4, eval_samples=4, steps=120, noise=0.5)
+SETTINGS = PolicyRouterSettings(
+    length=64, budgets=[0.4], samples=4, validation_samples=2, eval_samples=4, steps=120, noise=0.5
+)
 L, N, E, F = 2, 512, 6, num_features(8)
 
 
@@ -54,7 +57,26 @@ def planted(best, seed):
     cost = torch.rand(L, N, E, generator=generator) * 0.2 + 0.9
     for layer in range(L):
         cost[layer].scatter_(1, best(layer, x[layer])[:, None], 0.1)
-    return policy_router.Lessons(x, cost, 1 - cost.clamp(max=1), "0" * 64, N)
+    return router_lessons.Lessons(x, cost, 1 - cost.clamp(max=1), cost.sum(dim=0), "0" * 64, N)
+
+
+class Planted:
+    """Prompts that lose, in all, the sum of what each layer's lessons say."""
+
+    def __init__(self, lessons):
+        self.features, self.cost = lessons.features, lessons.cost
+        self.shape = tuple(self.cost.shape)
+
+    def together(self, choices):
+        return torch.stack([(choose(self) * self.cost).sum(dim=(0, 2)) for choose in choices], dim=-1)
+
+    def oracle(self):
+        return torch.nn.functional.one_hot(self.cost.argmin(dim=-1), E).float()
+
+
+def measured_on(lessons, policy, fitted, start):
+    """Stand for the prompts' caches by what was planted."""
+    return policy_router.measure([Planted(lessons)], policy, fitted, start, seed=0)
 
 
 def by_layer(layer, x):
@@ -80,12 +102,11 @@ def test_a_planted_rule_is_learnt(tmp_path, rule, least, router):
     fitted = policy_router.learn(planted(rule, 1), policy, start, SETTINGS, run_in(tmp_path))
     assert not torch.equal(fitted["router/weight"], start["router/weight"])  # gradients have come this far
     unseen = planted(rule, 2)
-    found = policy_router.measure(unseen, policy, fitted)
-    assert found["oracle"] == pytest.approx(0.1)
+    found, usage = measured_on(unseen, policy, fitted, start)
+    assert found["oracle"] == pytest.approx(0.1 * L)
     assert (found["random"] - found["chosen"]) / (found["random"] - found["oracle"]) > least
     assert found["gap_closed"] > least - 0.1
     if rule is by_layer:
-        usage = policy_router.usage(unseen, policy, fitted)
         assert all(shares[1 if layer % 2 == 0 else 4] > 0.95 for layer, shares in enumerate(usage))
 
 
@@ -96,9 +117,34 @@ def test_a_few_prompts_on_which_much_is_lost_count_for_what_is_lost(tmp_path):
     lessons.cost[:, :4] = 0.1
     lessons.cost[:, :4, [1, 4]] = 100.0
     policy = MoERouter()
-    fitted = policy_router.learn(lessons, policy, started(policy), SETTINGS, run_in(tmp_path))
-    found = policy_router.measure(lessons, policy, fitted)
-    assert found["chosen"] < 0.2 < found["best_single"]
+    start = started(policy)
+    fitted = policy_router.learn(lessons, policy, start, SETTINGS, run_in(tmp_path))
+    found, _ = measured_on(lessons, policy, fitted, start)
+    assert found["chosen"] < 0.2 * L < found["best_single"]
+
+
+def test_routers_that_learnt_too_little_take_the_best_single_strategy(tmp_path):
+    policy = MoERouter()
+    start = started(policy)
+    lessons = planted(by_prompt, 1)
+    lessons.cost[..., 3] = 0.05  # always best
+    best = int(lessons.cost.sum(dim=(0, 1)).argmin())
+    wrong = policy_router.learn(planted(by_prompt, 1), policy, start, SETTINGS, run_in(tmp_path))
+    leant, margin = policy_router.hedge([Planted(lessons)], policy, wrong, best)
+    assert best == 3 and margin == policy_router.ALWAYS
+    found, usage = measured_on(lessons, policy, leant, start)
+    assert found["chosen"] == pytest.approx(found["best_single"]) and all(shares[3] == 1 for shares in usage)
+
+
+def test_routers_that_know_better_lean_no_further_than_is_good(tmp_path):
+    policy = MoERouter()
+    start = started(policy)
+    fitted = policy_router.learn(planted(by_prompt, 1), policy, start, SETTINGS, run_in(tmp_path))
+    unseen = planted(by_prompt, 2)
+    leant, margin = policy_router.hedge([Planted(unseen)], policy, fitted, unseen.best_single)
+    assert margin in policy_router.MARGINS
+    before, after = (measured_on(unseen, policy, own, start)[0]["chosen"] for own in (fitted, leant))
+    assert after <= before + 1e-6
 
 
 def test_costs_are_what_one_layer_under_one_strategy_changes(model, source):
@@ -116,12 +162,30 @@ def test_costs_are_what_one_layer_under_one_strategy_changes(model, source):
             position = torch.arange(48, 64).expand(2, -1)
             found = model(later, position_ids=position, past_key_values=cache).logits.log_softmax(-1)
             expected.append((full.exp() * (full - found)).sum(-1).mean(-1))
-    cost = measured(model, policy_router.Prompts(ids, 48, torch.zeros_like(ids, dtype=torch.bool)))[1]
+    prompts = router_lessons.Prompts(ids, 48, torch.zeros_like(ids, dtype=torch.bool))
+    cost, _ = held(model, prompts).costs(None)
     torch.testing.assert_close(cost[:, :, 3], torch.stack(expected), rtol=1e-3, atol=1e-5)
     assert bool((cost > -1e-6).all())
 
 
-def measured(model, prompts):
+def test_costs_among_others_and_the_oracle_are_of_the_whole_cache(model, source):
+    ids = torch.from_numpy(source.batch(np.random.default_rng(3), 2, 64, "test").ids)
+    prompts = held(model, router_lessons.Prompts(ids, 48, torch.zeros_like(ids, dtype=torch.bool)))
+    E = prompts.shape[2]
+    singles = [router_lessons.always(strategy) for strategy in range(E)]
+    single = prompts.together(singles)
+    cost, _ = prompts.costs(singles[4](prompts))
+    torch.testing.assert_close(cost[:, :, 4], single[:, 4].expand(3, -1))  # one more layer of the same is all of them
+    recipe = {"policy": "semantic", "budget": 0.4}
+    with torch.no_grad():
+        cache = PiKVCache.for_model(model, recipe)
+        feed(model, cache, ids[:, :48])
+        found = router_lessons.log_probs(model, cache, ids[:, 48:])
+    torch.testing.assert_close((prompts.full.exp() * (prompts.full - found)).sum(-1).mean(-1), single[:, 4])
+    assert bool((prompts.together([methodcaller("oracle")])[:, 0] <= single.amin(dim=-1) + 1e-6).all())
+
+
+def held(model, prompts):
     with tempfile.TemporaryDirectory() as temporary:
         policy = MoERouter()
         tensors = policy_router.untrained(model, policy, {}, 0, num_features(model.config.head_dim))
@@ -129,13 +193,13 @@ def measured(model, prompts):
         nothing = calibration.Corpus(source="", sha256="", num_tokens=0)
         calibration.save(f"{temporary}/c", "small", model, nothing, [member])
         recipe = {"policy": "moe-router", "budget": 0.4, "calibration": [f"{temporary}/c"]}
-        return policy_router.costs(model, recipe, prompts)
+        return router_lessons.Held(model, recipe, prompts)
 
 
 def test_the_job_saves_what_the_policy_goes_by_of_this_model_alone(tmp_path, model, source):
     model.save_pretrained(tmp_path / "model")
     source.save(tmp_path / "model")
-    given = SETTINGS.model_dump(include={"length", "budgets", "samples", "eval_samples", "steps"})
+    given = SETTINGS.model_dump(include={"length", "budgets", "samples", "validation_samples", "eval_samples", "steps"})
     settings = [f"policy_router.{name}={value}" for name, value in given.items()]
     settings += ["policy_router.strategies=[snapkv, semantic, aggressive]", "policy_router.router=pikv"]
     recipe = load("train", None, [f"start={tmp_path / 'model'}", f"out={tmp_path / 'run'}", *settings])
@@ -171,9 +235,9 @@ def test_needles_lie_in_the_half_they_are_said_to_and_are_all_that_is_asked_for(
     ids = source.tokenizer.get_vocab()
     keys = [ids[word] for word in task.words()[2:18]]
     settings = SETTINGS.model_copy(update={"length": 256})
-    assert policy_router.domains(source) == ("needles early", "needles late", "text")
+    assert router_lessons.domains(source) == ("needles early", "needles late", "text")
     for domain, half in (("needles early", 0), ("needles late", 1)):
-        prompts = policy_router.draw(source, domain, np.random.default_rng(1), 3, settings, "test")
+        prompts = router_lessons.draw(source, domain, np.random.default_rng(1), 3, settings, "test")
         C = prompts.num_context
         is_key = np.isin(prompts.ids[:, :C], keys)
         first, second = is_key[:, :128].sum(), is_key[:, 128:].sum()
@@ -183,5 +247,5 @@ def test_needles_lie_in_the_half_they_are_said_to_and_are_all_that_is_asked_for(
             needle = prompts.ids[row, :C].tolist()
             asked, answer = prompts.ids[row, at : at + 2].tolist()
             assert answer == needle[needle.index(asked) + 1]
-    text = policy_router.draw(source, "text", np.random.default_rng(1), 3, settings, "test")
+    text = router_lessons.draw(source, "text", np.random.default_rng(1), 3, settings, "test")
     assert text.num_context == settings.num_context and not np.isin(text.ids, keys).any()

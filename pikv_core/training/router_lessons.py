@@ -1,0 +1,251 @@
+"""What cache strategies lose on a frozen model, measured: the lessons of the routers of `moe-router`.
+
+A loss is the KL divergence, in nats, of the tokens behind a context from the full cache's, mean over those tokens.
+Shapes: L layers, N lessons (a prompt under one budget), E strategies, F features, B prompts at a time, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pikv_core.cache import PiKVCache
+from pikv_core.data import tokens as token_streams
+from pikv_core.data.recall import RecallSource
+from pikv_core.errors import PiKVError
+from pikv_core.evaluation.samples import fingerprint
+from pikv_core.model.steps import feed
+from pikv_core.scheduling.moe_router import GIVEN, MoERouter, features
+from pikv_core.schema import PolicyRouterSettings
+from pikv_core.training.held_tokens import held_tokens
+from pikv_core.training.interrupt import Interrupt
+from pikv_core.training.needles import Needles
+
+AT_A_TIME = 2  # prompts; those drawn together have as many needles
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """features [L,N,F]; cost [L,N,E] in nats; agree [L,N,E]: the share of tokens whose greedy choice stays.
+
+    A cost is of one layer under one strategy, the other layers keeping what somebody chose. single [N,E]: the costs of
+    each strategy in all layers.
+    """
+
+    features: Tensor
+    cost: Tensor
+    agree: Tensor
+    single: Tensor
+    sha256: str
+    num_tokens: int
+
+    @property
+    def best_single(self) -> int:
+        """The one strategy that costs least over all."""
+        return int(self.single.mean(dim=0).argmin())
+
+
+class Prompts(NamedTuple):
+    """ids [B,T], of which the first `num_context` are the context; is_answer [B,T] at the token before an answer."""
+
+    ids: Tensor
+    num_context: int
+    is_answer: Tensor
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.num_context, self.ids.shape[1] - self.num_context]
+
+
+def domains(needles: Needles) -> tuple[str, ...]:
+    """Return what prompts there are: needles anywhere, or with real text around them in either half, and plain text."""
+    has_text = isinstance(needles, RecallSource) and bool(needles.streams)
+    return ("needles early", "needles late", "text") if has_text else ("needles",)
+
+
+def draw(
+    needles: Needles, domain: str, rng: np.random.Generator, num: int, settings: PolicyRouterSettings, split: str
+) -> Prompts:
+    """Return `num` prompts of a domain; needles in a half are followed by their questions alone."""
+    length = settings.length
+    if domain == "needles":
+        batch = needles.batch(rng, num, length, split)
+        return Prompts(torch.from_numpy(batch.ids), settings.num_context, torch.from_numpy(batch.answer_mask))
+    assert isinstance(needles, RecallSource)
+    stream = token_streams.of_split(needles.streams, split)
+    if domain == "text":
+        ids = torch.from_numpy(token_streams.windows(rng, stream, num, length))
+        return Prompts(ids, settings.num_context, torch.zeros_like(ids, dtype=torch.bool))
+    recall = needles.batch(rng, num, length // 2, split)
+    half, asked = np.split(recall.ids, [recall.context_length], axis=1)
+    text = token_streams.windows(rng, stream, num, length - length // 2)
+    ids = torch.from_numpy(np.concatenate([half, text, asked] if domain == "needles early" else [text, half, asked], 1))
+    is_answer = torch.zeros_like(ids, dtype=torch.bool)
+    is_answer[:, -asked.shape[1] :] = torch.from_numpy(recall.answer_mask[:, recall.context_length :])
+    return Prompts(ids, length - asked.shape[1], is_answer)
+
+
+class Held:
+    """Prompts whose contexts a cache under `moe-router` holds whole, so that what a choice would lose can be measured.
+
+    recipe: of the cache, with its budget. features [L,B,F]; full [B,T,V]: the full cache's log-probabilities.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, recipe: dict[str, Any], prompts: Prompts):
+        context, later = (x.to(model.device) for x in prompts.ids.split_with_sizes(prompts.lengths, dim=1))
+        self._model, self.later, self.prompts = model, later, prompts
+        self.cache = PiKVCache.for_model(model, recipe)
+        self.cache.hold()
+        feed(model, self.cache, context)
+        policy = self.cache.own_layers[0].policy
+        assert isinstance(policy, MoERouter)
+        self.policy = policy
+        capacity = max(1, int(recipe["budget"] * prompts.num_context))
+        self.features = torch.stack([features(held_tokens(layer, capacity)).cpu() for layer in self.cache.own_layers])
+        self.full = log_probs(model, self.cache.fork(), later)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """L, B and E."""
+        return len(self.features), self.features.shape[1], len(self.policy.strategies)
+
+    @torch.no_grad()
+    def compressed(self, weights: Tensor | None, but: int | None = None) -> PiKVCache:
+        """Return a cache whose layers keep what strategies of these weights [L,B,E] say; layer `but` is still held.
+
+        None: what the router says.
+        """
+        cache = self.cache.fork()
+        for index, layer in enumerate(cache.own_layers):
+            if weights is not None:
+                layer.run.own[GIVEN] = weights[index].to(self._model.device)
+            if index != but:
+                layer.compress()
+        return cache
+
+    @torch.no_grad()
+    def lost(self, cache: PiKVCache) -> tuple[Tensor, Tensor]:
+        """Return what a cache has lost, and the share of tokens whose greedy choice stays, [B] each; it is used up."""
+        found = log_probs(self._model, cache, self.later)
+        kl = (self.full.exp() * (self.full - found)).sum(dim=-1).mean(dim=-1)
+        return kl.cpu(), (self.full.argmax(-1) == found.argmax(-1)).float().mean(dim=-1).cpu()
+
+    def together(self, choices: Sequence[Choose]) -> Tensor:
+        """Return what each of C choices for all layers costs: [B,C]."""
+        return torch.stack([self.lost(self.compressed(choose(self)))[0] for choose in choices], dim=-1)
+
+    def costs(self, others: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return cost and agreement [L,B,E] of each strategy in a layer, the others under weights [L,B,E] or whole."""
+        found = [self._layer_costs(index, others) for index in range(len(self.features))]
+        cost, agree = (torch.stack(parts) for parts in zip(*found))
+        return cost, agree
+
+    def oracle(self) -> Tensor:
+        """Return weights [L,B,E]: from the best single strategy on, layer after layer the one that then loses least."""
+        L, _, E = self.shape
+        best = self.together([always(strategy) for strategy in range(E)]).argmin(dim=-1)
+        weights = functional.one_hot(best, E).float().repeat(L, 1, 1)
+        for index in range(L):
+            best = self._layer_costs(index, weights)[0].argmin(dim=-1)
+            weights[index] = functional.one_hot(best, E)
+        return weights
+
+    @torch.no_grad()
+    def _layer_costs(self, index: int, others: Tensor | None) -> tuple[Tensor, Tensor]:
+        _, B, E = self.shape
+        base = self.cache.fork() if others is None else self.compressed(others, but=index)
+        found = []
+        for strategy in range(E):
+            cache = base.fork()
+            layer = cache.own_layers[index]
+            layer.run.own[GIVEN] = one_hot(strategy, E, B).to(self._model.device)
+            layer.compress()
+            found.append(self.lost(cache))
+        cost, agree = (torch.stack(parts, dim=-1) for parts in zip(*found))
+        return cost, agree
+
+
+Choose = Callable[[Held], Tensor]  # weights [L,B,E] of the strategies
+
+
+def held_prompts(
+    model: Any,
+    recipe: dict[str, Any],
+    needles: Needles,
+    settings: PolicyRouterSettings,
+    num: int,
+    seed: int,
+    split: str,
+) -> Iterator[Held]:
+    """Yield `num` prompts, a few at a time under each budget, domains in turn; raise PiKVError when interrupted.
+
+    recipe: of a cache under `moe-router`, without its budget.
+    """
+    kinds = domains(needles)
+    with Interrupt() as interrupt:
+        for turn, start in enumerate(range(0, num, AT_A_TIME)):
+            rng = np.random.default_rng([seed, turn])
+            prompts = draw(needles, kinds[turn % len(kinds)], rng, min(AT_A_TIME, num - start), settings, split)
+            for budget in settings.budgets:
+                yield Held(model, {**recipe, "budget": budget}, prompts)
+            if interrupt.wanted:
+                raise PiKVError("interrupted: no router is kept", hint="start again; it has no checkpoints")
+
+
+def gather(prompts: Iterable[Held], others: Choose | None) -> Lessons:
+    """Return what each strategy costs in each layer, the others keeping what is chosen for them, or whole.
+
+    Raises PiKVError where a number is not finite.
+    """
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    single: list[Tensor] = []
+    read: list[Tensor] = []
+    for held in prompts:
+        found.append((held.features, *held.costs(None if others is None else others(held))))
+        single.append(held.together([always(strategy) for strategy in range(held.shape[2])]))
+        if not read or read[-1] is not held.prompts.ids:  # under another budget
+            read.append(held.prompts.ids)
+    x, cost, agree = (torch.cat(parts, dim=1) for parts in zip(*found))
+    if not bool(x.isfinite().all() and cost.isfinite().all()):
+        raise PiKVError("the model's numbers are not finite", hint="train in --dtype float32")
+    ids = [own.flatten() for own in read]
+    return Lessons(x, cost, agree, torch.cat(single), fingerprint(torch.cat(ids)), sum(map(len, ids)))
+
+
+def always(strategy: int) -> Choose:
+    """Return the choice of one strategy in every layer of every prompt."""
+    return lambda held: one_hot(strategy, held.shape[2], held.shape[1]).repeat(held.shape[0], 1, 1)
+
+
+def at_random(seed: int) -> Choose:
+    """Return the choice of any strategy, layer by layer and prompt by prompt."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(held: Held) -> Tensor:
+        L, B, E = held.shape
+        return functional.one_hot(torch.randint(E, (L, B), generator=generator), E).float()
+
+    return choose
+
+
+def one_hot(strategy: int, num_strategies: int, num_rows: int) -> Tensor:
+    """Return weights [B,E] that are one strategy's alone."""
+    weights = torch.zeros(num_rows, num_strategies)
+    weights[:, strategy] = 1
+    return weights
+
+
+def log_probs(model: Any, cache: PiKVCache, ids: Tensor) -> Tensor:
+    """Feed tokens [B,T] and return the log-probabilities [B,T,V] of what comes after each; float32."""
+    seen = cache.get_seq_length()
+    place: Sequence[int] = range(seen, seen + ids.shape[1])
+    position = torch.tensor(place, device=ids.device).expand(len(ids), -1)
+    output = model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True)
+    return output.logits.float().log_softmax(dim=-1)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pikv_core.components import Component, build
 from pikv_core.errors import UsageError
+from pikv_core.files import replacing
 from pikv_core.runs import Run, find_model, num_processes
 from pikv_core.scheduling import POLICIES
 from pikv_core.schema import PolicyRouterSettings, TrainRecipe
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from pikv_core.scheduling.moe_router import MoERouter
 
-CALIBRATION = "calibration"
+CALIBRATION, CHOICES = "calibration", "choices.png"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
     from pikv_core.scheduling.moe_router import num_features
     from pikv_core.training import policy_router, router_lessons
     from pikv_core.training.needles import open_needles
+    from pikv_core.training.strategy_picture import HEIGHT, WIDTH, draw_choices
 
     loaded = load_model(recipe.start, recipe)
     model = loaded.model
@@ -91,7 +93,12 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
         unseen = prompts(settings.validation_samples, policy_router.VALIDATION_SEED, "train")
         fitted, margin = policy_router.hedge(unseen, policy, fitted, lessons.best_single)
         unseen = prompts(settings.eval_samples, policy_router.EVALUATION_SEED, "test")
-        metrics, usage = policy_router.measure(unseen, policy, fitted, start, recipe.seed)
+        metrics, chosen, kinds_of = policy_router.measure(unseen, policy, fitted, start, recipe.seed)
+    usage = policy_router.usage(chosen)
+    picture = draw_choices(chosen, kinds_of, policy.strategies)
+    with replacing(run.folder / CHOICES) as temporary:
+        temporary.write_bytes(picture)
+    run.telemetry.image("router/choices", picture, WIDTH, HEIGHT, settings.steps)
     seconds = time.perf_counter() - begun
     folder_out = run.folder / CALIBRATION
     notes = {"length": settings.length, "budgets": settings.budgets, "margin": margin, "measured": metrics}
@@ -103,9 +110,6 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
         [calibration.Member("moe-router", "policy", options, fitted, notes)],
     )
     run.telemetry.metrics(settings.steps, {f"test/{name}": value for name, value in metrics.items()})
-    for layer, shares in enumerate(usage):
-        for name, share in zip(policy.strategies, shares):
-            run.telemetry.scalar(f"usage/{name}", share, layer)
     result = PolicyRouterResult(
         model=loaded.source,
         calibration=str(folder_out),

@@ -83,7 +83,9 @@ def learn(
             raise PiKVError(f"the loss is {loss.item()} at step {step}", hint="lower policy_router.lr")
         if step % settings.log_every == 0 or step == settings.steps:
             run.reporter.progress(f"training routers: step {step}, loss {loss.item():.4f}", step, settings.steps)
-            run.telemetry.metrics(step, {"train/loss": loss.item()})
+            first = torch.stack([router.route(own, None).experts[:, 0] for router, own in zip(routers, x)])
+            used = {name: float((first == at).float().mean()) for at, name in enumerate(policy.strategies)}
+            run.telemetry.metrics(step, {"train/loss": loss.item(), **{f"usage/{k}": v for k, v in used.items()}})
     states = [router.state_dict() for router in routers]
     trained = {f"{ROUTER}{name}": torch.stack([state[name] for state in states]) for name in states[0]}
     return {**start, **trained, "feature_mean": mean, "feature_scale": scale}
@@ -135,8 +137,8 @@ def measure(
     fitted: Mapping[str, Tensor],
     start: Mapping[str, Tensor],
     seed: int,
-) -> tuple[dict[str, float], list[list[float]]]:
-    """Return the costs in nats, means over prompts, of choices for all layers, and how often what was chosen [L,E].
+) -> tuple[dict[str, float], Tensor, list[str]]:
+    """Return the costs in nats, means over prompts, of choices for all layers; what was chosen [L,N,E], of which kinds.
 
     chosen: by the routers; untrained: by those they `start` as. best_single: the one strategy that costs least over
     all. random: any. oracle: see `Held.oracle`. gap_closed: how far chosen is from best_single to oracle.
@@ -149,16 +151,18 @@ def measure(
         "random": at_random(seed),
         "oracle": methodcaller("oracle"),
     }
-    cost, chosen = [], []
+    cost, chosen, kinds = [], [], list[str]()
     for held in prompts:
         cost.append(held.together([*named.values(), *others.values()]))
         chosen.append(routers(held))
+        kinds += [held.kind] * held.shape[1]
     means = torch.cat(cost).mean(dim=0).tolist()
     singles, found = dict(zip(named, means)), dict(zip(others, means[len(named) :]))
     found["best_single"] = min(singles.values())
     gap = found["best_single"] - found["oracle"]
     found["gap_closed"] = (found["best_single"] - found["chosen"]) / max(gap, LEAST_COST)
-    return {**found, **{f"single/{name}": value for name, value in singles.items()}}, usage(torch.cat(chosen, dim=1))
+    metrics = {**found, **{f"single/{name}": value for name, value in singles.items()}}
+    return metrics, torch.cat(chosen, dim=1), kinds
 
 
 def usage(weights: Tensor) -> list[list[float]]:

@@ -94,13 +94,14 @@ def draw(
 class Held:
     """Prompts whose contexts a cache under `moe-router` holds whole, so that what a choice would lose can be measured.
 
-    recipe: of the cache, with its budget. features [L,B,F]; full [B,T,V]: the full cache's log-probabilities.
+    recipe: of the cache, with its budget. features [L,B,F]; full [B,T,V]: the full cache's log-probabilities. kind: of
+    the prompts and their budget, for whoever tells of them.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any, recipe: dict[str, Any], prompts: Prompts):
+    def __init__(self, model: Any, recipe: dict[str, Any], prompts: Prompts, kind: str = ""):
         context, later = (x.to(model.device) for x in prompts.ids.split_with_sizes(prompts.lengths, dim=1))
-        self._model, self.later, self.prompts = model, later, prompts
+        self._model, self.later, self.prompts, self.kind = model, later, prompts, kind
         self.cache = PiKVCache.for_model(model, recipe)
         self.cache.hold()
         feed(model, self.cache, context)
@@ -192,9 +193,10 @@ def held_prompts(
     with Interrupt() as interrupt:
         for turn, start in enumerate(range(0, num, AT_A_TIME)):
             rng = np.random.default_rng([seed, turn])
-            prompts = draw(needles, kinds[turn % len(kinds)], rng, min(AT_A_TIME, num - start), settings, split)
+            kind = kinds[turn % len(kinds)]
+            prompts = draw(needles, kind, rng, min(AT_A_TIME, num - start), settings, split)
             for budget in settings.budgets:
-                yield Held(model, {**recipe, "budget": budget}, prompts)
+                yield Held(model, {**recipe, "budget": budget}, prompts, f"{kind}\n{budget:g}")
             if interrupt.wanted:
                 raise PiKVError("interrupted: no router is kept", hint="start again; it has no checkpoints")
 

@@ -1,9 +1,11 @@
 """Routers over strategies: they learn whose turn it is, by layer and by prompt, and are saved for the model alone."""
 
+import io
 import json
 import tempfile
 from operator import methodcaller
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ from pikv_core.runs import Reporter, Run
 from pikv_core.scheduling.moe_router import WEIGHTS, MoERouter, num_features
 from pikv_core.schema import PolicyRouterSettings
 from pikv_core.training import policy_router, router_lessons
+from pikv_core.training.strategy_picture import HEIGHT, WIDTH, draw_choices
 
 TASK = Recall(num_keys=16, num_values=8, num_filler=16)
 SETTINGS = PolicyRouterSettings(
@@ -65,7 +68,7 @@ class Planted:
 
     def __init__(self, lessons):
         self.features, self.cost = lessons.features, lessons.cost
-        self.shape = tuple(self.cost.shape)
+        self.shape, self.kind = tuple(self.cost.shape), "planted"
 
     def together(self, choices):
         return torch.stack([(choose(self) * self.cost).sum(dim=(0, 2)) for choose in choices], dim=-1)
@@ -76,7 +79,8 @@ class Planted:
 
 def measured_on(lessons, policy, fitted, start):
     """Stand for the prompts' caches by what was planted."""
-    return policy_router.measure([Planted(lessons)], policy, fitted, start, seed=0)
+    metrics, chosen, _ = policy_router.measure([Planted(lessons)], policy, fitted, start, seed=0)
+    return metrics, policy_router.usage(chosen)
 
 
 def by_layer(layer, x):
@@ -207,6 +211,7 @@ def test_the_job_saves_what_the_policy_goes_by_of_this_model_alone(tmp_path, mod
     assert result.strategies == ["snapkv", "semantic", "aggressive"]
     assert all(sum(shares) == pytest.approx(1, abs=1e-3) for shares in result.usage)
     assert set(result.metrics) >= {"chosen", "best_single", "random", "oracle", "untrained", "single/semantic"}
+    assert (tmp_path / "run" / "choices.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["result"]["metrics"] == result.metrics
 
     policy = {"name": "moe-router", "top_k": 2}
@@ -249,3 +254,14 @@ def test_needles_lie_in_the_half_they_are_said_to_and_are_all_that_is_asked_for(
             assert answer == needle[needle.index(asked) + 1]
     text = router_lessons.draw(source, "text", np.random.default_rng(1), 3, settings, "test")
     assert text.num_context == settings.num_context and not np.isin(text.ids, keys).any()
+
+
+def test_the_picture_has_a_colour_for_each_choice():
+    strategies, weights = ["a", "b", "c"], torch.zeros(2, 4, 3)
+    weights[0, :, 0] = weights[1, :2, 1] = weights[1, 2:, 2] = 1
+    png = draw_choices(weights, ["early", "late", "early", "late"], strategies)
+    pixels = matplotlib.image.imread(io.BytesIO(png))[..., :3]
+    assert pixels.shape[:2] == (HEIGHT, WIDTH)
+    tab10 = [matplotlib.colormaps["tab10"](at)[:3] for at in range(4)]
+    shares = [float(np.isclose(pixels, colour, atol=0.01).all(-1).mean()) for colour in tab10]
+    assert shares[0] > 1.8 * shares[1] > 0 and shares[1] == pytest.approx(shares[2], rel=0.1) and shares[3] == 0

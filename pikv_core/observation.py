@@ -6,7 +6,7 @@ Shapes: B batch, G key/value heads, R query heads of a group, N queries, S store
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 ALL = sys.maxsize  # every query of a step
+WHOLE = "whole:"  # begins the key of a tensor in `LayerRun.own` that is of a layer as a whole, the same on all ranks
 
 
 @dataclass
@@ -29,6 +30,10 @@ class Reads:
     slow_bytes: int = 0
 
 
+def _all_here(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
 @dataclass
 class LayerRun:
     """One layer of one run: its place, what the model tells of it, and what members remember from step to step.
@@ -38,7 +43,8 @@ class LayerRun:
     embedding, None before `cache.attach(model)` or where it has none. fitted: tensors of the policy's calibration, for
     all layers. events: what is worth a line in the report. first_head: of a layer that is split over ranks by heads,
     which is the first one here. routing: who tells the experts of the model's tokens, None where nobody asked. reads:
-    where to count what is read, None for nowhere.
+    where to count what is read, None for nowhere. gather_heads: given a tensor [B,G,...] of the heads that are here,
+    returns that of all of the layer's heads, in their order; every rank has to ask, with the same shape and dtype.
     """
 
     index: int
@@ -52,6 +58,7 @@ class LayerRun:
     first_head: int = 0
     routing: Any = None
     reads: Reads | None = None
+    gather_heads: Callable[[torch.Tensor], torch.Tensor] = _all_here
 
     def rotary_for(self, policy: str) -> Any:
         """Return the model's rotary embedding; raises PiKVError where there is none for the policy."""

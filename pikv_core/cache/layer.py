@@ -107,6 +107,7 @@ class CacheLayer(CacheLayerMixin):
         codec, budget = self._bind(self.index, self._shape)
         if self.split is not None:
             codec, self.run.first_head = self.split.codec(codec, num_heads), self.split.first_head(num_heads)
+            self.run.gather_heads = self.split.gather_heads
         self.budgets = HeadBudgets(budget, self.allocation, self.evictor, self.window, self.run)
         if self._selector is not None:
             check_selector(self._selector, codec, self.run)

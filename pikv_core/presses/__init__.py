@@ -2,6 +2,7 @@
 
 A press is named after its policy's class; its fields are kvpress's `compression_ratio` and the policy's options.
 `press_for` finds it by the policy's name, a plug-in's too. Policies that kvpress cannot carry are refused by name.
+A policy whose press is more than its fields registers a class for it in PRESSES, a `PolicyPress` in a file of its own.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from pikv_core.errors import PiKVError, UsageError
+from pikv_core.registry import Registry
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.base import Evictor
 
+PRESSES = Registry("press", "PRESSES", "pikv_core.presses")
 INSTALL = "pip install 'pikv[kvpress]'"
 
 

@@ -22,9 +22,9 @@ from pikv_core.cache.rotary import Rotary, is_rotary_attention
 from pikv_core.cache.store import EMPTY
 from pikv_core.cache.support import windows
 from pikv_core.components import Component, build
-from pikv_core.errors import UsageError
+from pikv_core.errors import RecipeError, UsageError
 from pikv_core.observation import LayerRun
-from pikv_core.presses import press_name
+from pikv_core.presses import PRESSES, press_name
 from pikv_core.presses.masks import later_mask, real_tokens
 from pikv_core.presses.prompt import Prompt
 from pikv_core.presses.queries import prompt_queries
@@ -48,6 +48,7 @@ class PolicyPress(ScorerPress):
     positions: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     policy: ClassVar[str]
     options: ClassVar[Mapping[str, Any]]  # of the policy, and their defaults
+    called: ClassVar[Mapping[str, str]] = {}  # the fields of those options whose name is another here
 
     def __post_init__(self) -> None:
         if not 0 <= self.compression_ratio < 1:
@@ -65,16 +66,29 @@ class PolicyPress(ScorerPress):
     @property
     def _component(self) -> Component:
         """The policy by the fields as they are now; raises RecipeError where it does not take them."""
-        options = {name: getattr(self, name) for name in self.options}
-        asked = {name: value for name, value in options.items() if value != self.options[name]}
-        return recipes.validate(CacheRecipe, {"policy": {"name": self.policy, **asked}}, type(self).__name__).policy
+        fields = {option: self.called.get(option, option) for option in self.options}
+        options = {option: getattr(self, name) for option, name in fields.items()}
+        asked = {option: value for option, value in options.items() if value != self.options[option]}
+        press = type(self).__name__
+        try:
+            return recipes.validate(CacheRecipe, {"policy": {"name": self.policy, **asked}}, press).policy
+        except RecipeError as error:
+            problems = error.problems
+            for option, name in fields.items():
+                problems = [text.replace(f"{press}: policy.{option}:", f"{press}: {name}:") for text in problems]
+            hint = f"its fields are the options of policy '{self.policy}', see docs/methods.md"
+            raise RecipeError(problems, hint) from None
 
     @property
     def _evictor(self) -> Evictor:
         component = self._component if self._learnt is None else self._learnt[0]
         if self._built is None or self._built[0] != component:
-            self._built = (component, build(POLICIES, component))
+            self._built = (component, self._build(component))
         return self._built[1]
+
+    def _build(self, component: Component) -> Evictor:
+        policy: Evictor = build(POLICIES, component)
+        return policy
 
     def post_init_from_model(self, model: Any) -> None:
         """Take what the policy has learnt of a model, where it needs that; raises UsageError for another model's."""
@@ -234,7 +248,8 @@ class PolicyPress(ScorerPress):
 
 @functools.cache
 def make_press(policy: type[Evictor]) -> type[PolicyPress]:
-    """Return the press of a policy's class: a dataclass with the policy's fields."""
+    """Return the press of a policy's class: a dataclass with the policy's fields, of what PRESSES has for it."""
+    base: type[PolicyPress] = PRESSES[policy.name] if policy.name in PRESSES.names() else PolicyPress
     fields: list[Any] = []
     options: dict[str, Any] = {}
     for one in dataclasses.fields(policy):  # type: ignore[arg-type]
@@ -242,14 +257,16 @@ def make_press(policy: type[Evictor]) -> type[PolicyPress]:
         own: dict[str, Any] = {"default": None if default is dataclasses.MISSING else default}
         if one.default_factory is not dataclasses.MISSING:
             default, own = one.default_factory(), {"default_factory": one.default_factory}
-        fields.append((one.name, one.type, field(**own)))
+        fields.append((base.called.get(one.name, one.name), one.type, field(**own)))
         options[one.name] = default
     doc = f"{policy.__doc__}\n\n    compression_ratio: share of each prompt that goes."
     if policy.calibrated:
         fields.append((CALIBRATION, "Sequence[str]", field(default=())))
         doc += f" {CALIBRATION}: folders that hold what the policy has learnt of the model."
+    if base is not PolicyPress:
+        doc += f"\n    {base.__doc__}"
     namespace = {"policy": policy.name, "options": options, "__doc__": doc, "__module__": "pikv_core.presses"}
-    return make_dataclass(press_name(policy), fields, bases=(PolicyPress,), namespace=namespace)
+    return make_dataclass(press_name(policy), fields, bases=(base,), namespace=namespace)
 
 
 def _rotary(module: Any) -> Rotary | None:

@@ -6,7 +6,7 @@ Shapes: B batch, H query heads, G key/value heads, T new tokens, S stored tokens
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -47,8 +47,9 @@ class Policy:
     calibrated: whether it needs tensors that were fitted to the model (`LayerRun.fitted`), by the recipe `fitted_by`
     of recipes/train. reads: what else it asks of a run: the stored "keys" and "values", the model's "rotary" embedding.
     takes_budget: False where it keeps and reads everything, so that a budget means nothing. heads_apart: whether each
-    key/value head is judged by its own tokens and attention alone, so that heads may lie on ranks apart; what such a
-    policy remembers of a layer are plain values, and tensors whose second dimension, if any, is the heads.
+    key/value head is judged by its own tokens and attention alone, or by what `LayerRun.gather_heads` returns, so that
+    heads may lie on ranks apart; what such a policy remembers of a layer are plain values, and tensors whose second
+    dimension, if any, is the heads, unless their key begins with WHOLE. members: policies that it chooses among.
     """
 
     name: ClassVar[str]
@@ -57,6 +58,7 @@ class Policy:
     heads_apart: ClassVar[bool] = False
     fitted_by: ClassVar[str] = ""
     reads: ClassVar[tuple[str, ...]] = ()
+    members: ClassVar[Mapping[str, Policy]] = {}
 
     @property
     def needs(self) -> frozenset[str]:

@@ -20,6 +20,7 @@ class Ends(Evictor):
     """Keep the first and the last tokens of a prompt, in the proportion of the shares `first` and `last`."""
 
     decides_once: ClassVar[bool] = True
+    heads_apart: ClassVar[bool] = True
     first: ClassVar[int]
     last: ClassVar[int]
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from pikv_core.components import Component, build
 from pikv_core.errors import PiKVError, UsageError
-from pikv_core.observation import Rows
+from pikv_core.observation import WHOLE, Rows
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.base import Evictor, Tokens
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pikv_core.moe.router import Router
 
 MASS = "attention"
-WEIGHTS, GIVEN = "moe-router/weights", "moe-router/given"
+WEIGHTS, GIVEN = f"{WHOLE}moe-router/weights", f"{WHOLE}moe-router/given"
 ROUTER = "router/"  # in the names of a calibration's tensors: what is the router's, one for each layer
 WINDOW = 64  # newest queries of a prompt whose attention the router looks at
 ODD = 16  # keys of a head that are looked at because they are least like the others
@@ -48,6 +48,7 @@ class MoERouter(Evictor):
     calibrated: ClassVar[bool] = True
     fitted_by: ClassVar[str] = "policy-router"
     decides_once: ClassVar[bool] = True
+    heads_apart: ClassVar[bool] = True
     listed: ClassVar[str] = "strategies"  # what `moe-router:snapkv+semantic` names
     strategies: tuple[str, ...] = ("aggressive", "moderate", "conservative", "snapkv", "semantic", "temporal")
     router: Literal["base", "pikv"] = "base"
@@ -160,12 +161,13 @@ def features(tokens: Tokens) -> torch.Tensor:
     share = tokens.columns[MASS].masked_fill(~is_token, 0.0)
     share = share / share.sum(dim=-1, keepdim=True).clamp(min=TINY)
     evenness = torch.special.entr(share).sum(dim=-1) / counted.float().log().clamp(min=TINY)
-    of_heads = torch.stack([odd.values[..., 0], odd_likeness, length.amax(dim=-1) / usual, evenness], dim=-1)
+    extremes = torch.stack([odd.values[..., 0], odd_likeness, length.amax(dim=-1) / usual, evenness], dim=-1)
+    of_heads = layer.gather_heads(torch.cat([mean, odd_mean, extremes], dim=-1))
     seen = tokens.num_seen.float().clamp(min=1)
     kept = (tokens.capacity.float().mean(dim=1) / seen).clamp(min=TINY, max=1)
     of_prompt = torch.stack([seen.log(), kept.log(), torch.ones_like(seen)], dim=-1)
-    pooled = [x.mean(dim=1) for x in (mean, odd_mean, of_heads)]
-    x = torch.cat([*pooled, of_heads.amax(dim=1), of_prompt], dim=-1)
+    most = of_heads[..., -extremes.shape[-1] :].amax(dim=1)
+    x = torch.cat([of_heads.mean(dim=1), most, of_prompt], dim=-1)
     assert x.shape[-1] == num_features(plain.shape[-1])
     return x
 

@@ -27,6 +27,7 @@ class Semantic(Evictor):
     """
 
     decides_once: ClassVar[bool] = True
+    heads_apart: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("keys",)
     clusters: Annotated[int, Field(ge=1)] = 32
 

@@ -29,6 +29,7 @@ class Temporal(Evictor):
     """
 
     decides_once: ClassVar[bool] = True
+    heads_apart: ClassVar[bool] = True
     reads: ClassVar[tuple[str, ...]] = ("keys",)
     segment: Annotated[int, Field(ge=1)] = 32
 

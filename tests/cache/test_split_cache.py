@@ -69,11 +69,20 @@ def recipe_of(policy, codec="none"):
 
 @pytest.mark.parametrize("codec", ["none", pytest.param(INT8, marks=pytest.mark.slow)], ids=["none", "int8"])
 @pytest.mark.parametrize("policy", APART)
-def test_by_heads_every_policy_that_keeps_them_apart_is_as_alone(small_model, policy, codec):
+def test_by_heads_every_policy_that_keeps_them_apart_is_as_alone(small_model, fitted_policies, policy, codec):
     recipe = recipe_of(policy, codec)
+    if POLICIES[policy].calibrated:
+        recipe["calibration"] = [fitted_policies]
     if policy == "quest":
         recipe["policy"] = {"name": "quest", "dense_layers": 1}
     check(small_model("llama"), recipe, "heads", 2)
+
+
+@pytest.fixture(scope="module")
+def fitted_policies(small_model, tmp_path_factory):
+    model = small_model("llama")
+    members = small_calibration.policies(model)
+    return small_calibration.write(model, tmp_path_factory.mktemp("made") / "policies", members)
 
 
 ENDS = [name for name in POLICIES.names() if getattr(POLICIES[name], "ends", Evictor.ends) is not Evictor.ends]

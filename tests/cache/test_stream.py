@@ -4,7 +4,6 @@ import errno
 import json
 import re
 
-import fsspec
 import pytest
 import torch
 from small_models import CONFIGS
@@ -209,11 +208,10 @@ def test_a_full_disk_ends_in_one_error_and_leaves_the_state_before(model, tmp_pa
     writer.save(cache, ids, {}, {})
     writer.close()
     saved = stream.read(url)
-    opened = fsspec.implementations.local.LocalFileSystem.open
 
     class Full:
-        def __init__(self, file):
-            self.file = file
+        def __init__(self, *how, **options):
+            self.file = open(*how, **options)  # noqa: SIM115
 
         def __enter__(self):
             return self
@@ -225,10 +223,7 @@ def test_a_full_disk_ends_in_one_error_and_leaves_the_state_before(model, tmp_pa
             self.file.write(data[: len(data) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    def full(self, path, mode="rb", **options):
-        return Full(opened(self, path, mode, **options)) if "w" in mode else opened(self, path, mode, **options)
-
-    monkeypatch.setattr(fsspec.implementations.local.LocalFileSystem, "open", full)
+    monkeypatch.setattr(stream, "open", Full, raising=False)
     writer = stream.Writer(url, {}, saved)
     new, _ = decode(model, cache, logits, 2)
     writer.save(cache, torch.cat([ids, new], 1), {}, {})

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import small_calibration
 import torch
 import transformers
 from small_models import SMALL
@@ -103,7 +104,21 @@ def test_ranks_give_the_tokens_of_one_process_and_save_as_one(folder, tmp_path, 
     for number, (split, _) in enumerate(cases):
         words = ["--resume", tmp_path / f"state{number}", "--split", other[split], "--max-new-tokens", 40]
         runs.append([*words, "--out", tmp_path / f"again{number}"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    fitted = small_calibration.write(model, tmp_path / "fitted", small_calibration.policies(model))
+    routed = [*given, "--policy", "moe-router", "--calibration", fitted, "--budget", 30]
+    words = [*routed, "--max-new-tokens", 10, "--split", "heads", "--save-every", 4]
+    runs.append([*words, "--save-state", tmp_path / "routed", "--out", tmp_path / "run"])
+    words = ["--resume", tmp_path / "routed", "--split", "heads", "--max-new-tokens", 20]
+    runs.append([*words, "--out", tmp_path / "again"])
     run_all(count, runs)
+    whole = alone(*routed, "--max-new-tokens", 20)["token_ids"]
+    found = result(tmp_path / "run")
+    assert found["token_ids"] == whole[:10]
+    assert found["communicated_bytes_per_token"] == sent_per_token("heads", count)
+    assert found["resident_bytes"] < found["full_bytes"] / 3
+    assert result(tmp_path / "again")["token_ids"] == whole
+    assert alone("--resume", tmp_path / "routed", "--max-new-tokens", 20)["token_ids"] == whole
     for number, (split, temperature) in enumerate(cases):
         whole = alone(*given, "--temperature", temperature, "--max-new-tokens", 40)
         assert result(tmp_path / f"again{number}")["token_ids"] == whole["token_ids"]

@@ -46,6 +46,9 @@ class ByShards:
     def own_heads(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         return x
 
+    def gather_heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
     def codec(self, codec: Codec, num_kv_heads: int) -> Codec:
         return codec
 

@@ -15,6 +15,7 @@ from pikv_core.cache.ranks.shard_pages import own_pages, whole_pages
 from pikv_core.cache.ranks.split import Heads, Split, TokenTurns
 from pikv_core.cache.snapshot import Snapshot
 from pikv_core.cache.store import EMPTY, Slots
+from pikv_core.observation import WHOLE
 
 
 def join(parts: Sequence[Snapshot], split: str) -> Snapshot:
@@ -36,9 +37,10 @@ def join(parts: Sequence[Snapshot], split: str) -> Snapshot:
         whole.slots = whole_pages(whole, parts)
         return whole
     whole.slots = {name: _side_by_side(held) for name, held in slots.items()}
+    of_heads = _of_heads(first)
     for name, x in first.small.items():
         held = [part.small[name] for part in parts]
-        if _is_of_heads(name, x):
+        if name in of_heads:
             whole.small[name] = torch.cat(held, dim=1)
             if name.endswith(".head"):
                 whole.small[name] = torch.arange(whole.small[name].shape[1]).expand(len(x), -1)
@@ -60,8 +62,9 @@ def part_of(whole: Snapshot, split: Split, num_ranks: int) -> Snapshot:
         return Snapshot(facts, whole.small, own_pages(whole, split.own_shards), whole.growing)
     part = Snapshot(facts)
     part.slots = {name: _picked(held, split.own_heads) for name, held in whole.slots.items()}
+    of_heads = _of_heads(whole)
     for name, x in whole.small.items():
-        part.small[name] = split.own_heads(x) if _is_of_heads(name, x) else x
+        part.small[name] = split.own_heads(x) if name in of_heads else x
         if name.endswith(".head"):
             part.small[name] = torch.arange(part.small[name].shape[1]).expand(len(x), -1)
     for name, x in whole.growing.items():
@@ -69,9 +72,11 @@ def part_of(whole: Snapshot, split: Split, num_ranks: int) -> Snapshot:
     return part
 
 
-def _is_of_heads(name: str, x: torch.Tensor) -> bool:
-    """Tell whether a tensor has the heads of a layer as its second dimension (see `Policy.heads_apart`)."""
-    return name.startswith("layers.") and x.dim() > 1
+def _of_heads(found: Snapshot) -> set[str]:
+    """Name the small tensors that have the heads of a layer as their second dimension (see `Policy.heads_apart`)."""
+    remembered = [item for facts in found.facts["layers"] if facts for item in facts["own"]["items"]]
+    whole = {memory.get("tensor") for key, memory in remembered if key.startswith(WHOLE)}
+    return {name for name, x in found.small.items() if name.startswith("layers.") and x.dim() > 1 and name not in whole}
 
 
 def _join_layers(facts: Sequence[Any], split: str) -> Any:

@@ -99,6 +99,10 @@ class Heads:
         share = x.shape[dim] // self._wire.count
         return x.narrow(dim, self._wire.rank * share, share)
 
+    def gather_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Return [B,G,...] of all heads, given what each rank has of those that are there."""
+        return torch.cat([part for (part,) in self._wire.gather(x)], dim=1)
+
     def codec(self, codec: Codec, num_kv_heads: int) -> Codec:
         """Return a layer's codec for the heads that are here."""
         return codec.for_heads(self.own_heads(torch.arange(num_kv_heads)[None]))
@@ -115,7 +119,7 @@ class Heads:
         """Attend as `CacheLayer.attend` does, over all ranks."""
         own = None if sinks is None else self.own_heads(sinks, dim=0)
         attended = layer.attend_here(self.own_heads(query), scale, is_token, softcap, own)
-        return torch.cat([output for (output,) in self._wire.gather(attended)], dim=1)
+        return self.gather_heads(attended)
 
     def capacity(self, layer: CacheLayer, capacity: torch.Tensor) -> torch.Tensor:
         """Return how many of the `capacity` [B,G] tokens that may stay are held here."""
@@ -166,6 +170,9 @@ class TokenTurns:
         return 0
 
     def own_heads(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        return x
+
+    def gather_heads(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
     def codec(self, codec: Codec, num_kv_heads: int) -> Codec:
@@ -258,7 +265,7 @@ def make_split(
             hint="leave out --split, or tiers and policy flexgen",
         )
     if name == Heads.name:
-        _check_heads(wire.count, recipe, num_kv_heads)
+        _check_heads(wire.count, recipe, policy, num_kv_heads)
         return Heads(wire)
     if name == ByShards.name:
         check_shards(wire.count, recipe, policy, per_layer)
@@ -267,8 +274,8 @@ def make_split(
     return TokenTurns(wire, math.lcm(BLOCK_TOKENS, *(codec.unit_tokens for codec in codecs)))
 
 
-def _check_heads(count: int, recipe: CacheRecipe, num_kv_heads: int) -> None:
-    policy, allocation = POLICIES[recipe.policy.name], ALLOCATIONS[recipe.allocation.name]
+def _check_heads(count: int, recipe: CacheRecipe, policy: Policy, num_kv_heads: int) -> None:
+    allocation = ALLOCATIONS[recipe.allocation.name]
     apart = [name for name in POLICIES.names() if POLICIES[name].heads_apart]
     if num_kv_heads % count:
         raise UsageError(
@@ -278,8 +285,16 @@ def _check_heads(count: int, recipe: CacheRecipe, num_kv_heads: int) -> None:
     if not policy.heads_apart:
         raise UsageError(
             f"policy '{recipe.policy.name}' does not judge each head by itself, so its heads cannot lie on ranks apart",
-            hint=TO_SHARDS if issubclass(policy, ShardSelector) else f"choose one of {', '.join(apart)}",
+            hint=TO_SHARDS if isinstance(policy, ShardSelector) else f"choose one of {', '.join(apart)}",
         )
+    for name, member in policy.members.items():
+        if not member.heads_apart:
+            fit = [known for known in apart if issubclass(POLICIES[known], Evictor)]
+            raise UsageError(
+                f"policy '{name}', which '{recipe.policy.name}' chooses among, does not judge each head by itself, so "
+                "its heads cannot lie on ranks apart",
+                hint=f"let it choose among {', '.join(fit)}",
+            )
     if allocation.splits_heads or allocation.compares_layers:
         raise UsageError(
             f"allocation '{recipe.allocation.name}' goes by the attention of all heads, which lie on ranks apart",

@@ -72,7 +72,7 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
     needles, corpus = open_needles(loaded, settings.text, settings.column, recipe.seed, run.reporter)
     width = num_features(layer_shapes(model.config)[0].head_dim)
     start = policy_router.untrained(model, policy, learnt, recipe.seed, width)
-    options = {"strategies": list(policy.strategies), "router": policy.router}
+    options = {"strategies": list(policy.strategies), "router": policy.router, "mode": policy.mode}
     kinds = " and ".join(router_lessons.domains(needles))
     run.reporter.status(f"{loaded.backend}; {settings.samples} prompts of {kinds}: {corpus}")
     begun = time.perf_counter()
@@ -125,7 +125,8 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
 def _policy(settings: PolicyRouterSettings) -> MoERouter:
     """Return the policy whose routers are trained; raises UsageError for strategies that it cannot have."""
     strategies = {} if settings.strategies is None else {"strategies": tuple(settings.strategies)}
-    policy: MoERouter = build(POLICIES, Component("moe-router", {**strategies, "router": settings.router}))
+    given = {"router": settings.router, "mode": settings.mode}
+    policy: MoERouter = build(POLICIES, Component("moe-router", {**strategies, **given}))
     return policy
 
 

@@ -201,6 +201,8 @@ class PolicyRouterSettings(Section):
 
     strategies: Annotated[list[str], Field(min_length=2)] | None = None  # policies; by default moe-router's own
     router: Literal["base", "pikv"] = "base"
+    mode: Literal["budget", "native"] = "budget"  # native: layers share a budget by the strategies' own shares
+    mu: Annotated[float, Field(ge=0)] = 0.1  # nats that a layer kept whole is worth to the others; of mode native
     calibration: list[str] = []  # folders that hold what calibrated strategies need
     length: Annotated[int, Field(ge=16)] = 1024  # of a prompt and what follows it
     context: Annotated[float, Field(gt=0, lt=1)] = 0.9  # share of it that is compressed; what follows measures the loss

@@ -4,6 +4,9 @@ The router's loss is the cost that it expects, once over the layer's mean, which
 and once over the prompt's own; and the balance of a mixture of experts. Noise on the features makes a choice that costs
 much where it is wrong one that has to be sure. What a strategy costs in a layer depends on what the others keep: it is
 measured with the others whole, then again with them as the routers choose.
+In the policy's mode native a layer's cost under a strategy is measured at the share that the strategy stands for, and
+mu times that share is added: a router asks for more where keeping less costs much. What is compared and reported is of
+all layers under one budget in either mode, so that a single strategy in all of them is what it is in mode budget.
 Shapes: L layers, N lessons (a prompt under one budget), E strategies, F features.
 """
 
@@ -53,8 +56,12 @@ def learn(
     mean, spread = lessons.features.mean(dim=1), lessons.features.std(dim=1)
     scale = 1 / spread.clamp(min=LEAST_SPREAD) * lessons.features.shape[-1] ** -0.5
     scale = scale.masked_fill(spread < LEAST_SPREAD, 0.0)  # what never changes tells nothing
-    cost = lessons.cost / (lessons.cost.mean(dim=(1, 2), keepdim=True) + LEAST_COST)
-    cost = cost + lessons.cost / (lessons.cost.mean(dim=-1, keepdim=True) + LEAST_COST)
+    paid = lessons.cost
+    if policy.asks:
+        assert lessons.kept is not None
+        paid = paid + settings.mu * lessons.kept
+    cost = paid / (paid.mean(dim=(1, 2), keepdim=True) + LEAST_COST)
+    cost = cost + paid / (paid.mean(dim=-1, keepdim=True) + LEAST_COST)
     routers = [policy.router_of(start, layer, "cpu").train() for layer in range(len(mean))]
     optimizer = torch.optim.AdamW(
         [weight for router in routers for weight in router.parameters()],

@@ -198,6 +198,28 @@ def test_a_budget_above_the_prompt_is_parted_once_there_is_more(small_model, fit
     assert kept(cache)[0, 0].tolist() == [14, 38, 38]
 
 
+def test_rows_that_grow_apart_hold_what_they_hold_alone(small_model, fitted):
+    model = small_model("llama")
+    folder, ids = fitted(model), torch.randint(1, 97, (3, 80), generator=torch.Generator().manual_seed(7))
+    ends = ("conservative", "conservative")
+    weights = torch.cat([one_hot(name, *ends)[:, :1] for name in ("conservative", "aggressive", "moderate")], dim=1)
+    together = native(model, folder, 30, weights)
+    alone = [native(model, folder, 30, weights[:, row : row + 1]) for row in range(3)]
+    feed(model, together, ids[:, :20])
+    for row, cache in enumerate(alone):
+        feed(model, cache, ids[row : row + 1, :20])
+    for token in ids[:, 20:].T:
+        step(model, together, token)
+        for row, cache in enumerate(alone):
+            step(model, cache, token[row : row + 1])
+    assert [len(layer.lanes) for layer in together.own_layers] == [3, 3, 3]
+    for layer, positions in enumerate(together.positions):
+        for row, cache in enumerate(alone):
+            held = positions[row].sort(dim=-1).values
+            own = cache.positions[layer][0].sort(dim=-1).values
+            assert torch.equal(held[held >= 0].view(2, -1), own)
+
+
 def test_the_parts_of_a_first_prompt_stay_once_tokens_are_gone(small_model, fitted):
     model = small_model("llama")
     cache = native(model, fitted(model), 0.5)

@@ -111,7 +111,8 @@ class MoERouter(Evictor):
     def ask(self, tokens: Tokens) -> torch.Tensor:
         weights = tokens.layer.own[WEIGHTS] = self.choose(tokens)
         mean = tokens.capacity.double().mean(dim=1) / tokens.num_seen.clamp(min=1)
-        return (weights.to(mean.device).double() * self.shares(mean)).sum(dim=-1)
+        asked = (weights.to(mean.device).double() * self.shares(mean)).sum(dim=-1)
+        return asked.masked_fill(tokens.num_seen == 0, 0.0)  # nothing is known of a row that is padding alone
 
     def shares(self, mean: torch.Tensor) -> torch.Tensor:
         """Return the share [B,E] of the tokens seen that each strategy stands for, the `mean` [B] where it has none."""

@@ -198,6 +198,16 @@ def test_a_budget_above_the_prompt_is_parted_once_there_is_more(small_model, fit
     assert kept(cache)[0, 0].tolist() == [14, 38, 38]
 
 
+def test_a_row_of_padding_alone_has_the_same_everywhere_later(small_model, fitted):
+    model = small_model("llama")
+    cache = native(model, fitted(model), 0.3)
+    feed(model, cache, IDS, torch.tensor([[True], [False]]).expand(2, T))
+    assert kept(cache)[0, 0].sum() == 3 * 36
+    for token in IDS[:, :20].T:
+        step(model, cache, token)
+    assert kept(cache)[1].tolist() == [[6, 6, 6]] * 2 and 3 * 41 < kept(cache)[0, 0].sum() <= 3 * 42
+
+
 def test_rows_that_grow_apart_hold_what_they_hold_alone(small_model, fitted):
     model = small_model("llama")
     folder, ids = fitted(model), torch.randint(1, 97, (3, 80), generator=torch.Generator().manual_seed(7))

@@ -22,7 +22,7 @@ from pikv_core.cache.recording import Recorder
 from pikv_core.cache.rotary import Rotary
 from pikv_core.cache.shards.routing import Routing
 from pikv_core.cache.static import check_static
-from pikv_core.cache.support import check_layers, check_recipe, windows
+from pikv_core.cache.support import allocation_of, check_layers, check_recipe, windows
 from pikv_core.cache.tiers.tiers import Tiers
 from pikv_core.components import Component, build
 from pikv_core.compression import CODECS
@@ -32,7 +32,6 @@ from pikv_core.errors import PiKVError, UsageError
 from pikv_core.observation import LayerRun, Reads
 from pikv_core.registry import Registry
 from pikv_core.scheduling import POLICIES
-from pikv_core.scheduling.allocation import ALLOCATIONS
 from pikv_core.scheduling.base import Evictor, Policy, ShardSelector
 from pikv_core.scheduling.flexgen import FlexGen
 from pikv_core.schema import CacheRecipe
@@ -51,13 +50,14 @@ class PiKVCache(Cache):
         check_recipe(recipe)
         policy, policy_tensors = _ready(POLICIES, "policy", recipe.policy, recipe, config)
         self._asked_codec, self._codec_tensors = _ready(CODECS, "codec", recipe.codec, recipe, config)
-        allocation, budget = build(ALLOCATIONS, recipe.allocation), Budget(recipe.budget)
+        allocation, budget = allocation_of(recipe, policy), Budget(recipe.budget)
         self.recipe, self._config = recipe, config
         per_layer = windows(config)
         check_layers(policy, allocation, budget, per_layer)
         self._codecs: list[Codec] | None = None
         self._num_columns = _num_columns(policy)
-        self._compares_layers = allocation.compares_layers and isinstance(policy, Evictor)
+        self._asks = isinstance(policy, Evictor) and policy.asks
+        self.compares_layers = allocation.compares_layers and isinstance(policy, Evictor)
         self._layer_bytes = [0] * len(per_layer)
         self._total_bytes = self.peak_bytes = 0
         self.events: list[dict[str, Any]] = []  # what policies tell of the run, such as switches
@@ -269,8 +269,15 @@ class PiKVCache(Cache):
 
     def compress(self) -> None:
         """End `hold`: drop what is over budget and encode."""
+        self.ask()
         for layer in self.own_layers:
             layer.compress()
+
+    def ask(self) -> None:
+        """Let every layer ask for its part of the budget, where the policy's layers do; before any of them drops."""
+        if self._asks:
+            for layer in self.own_layers:
+                layer.ask()
 
     def check_static(self) -> None:
         """Raise UsageError where a step of one token never comes to be the same as the one before it."""
@@ -312,8 +319,9 @@ class PiKVCache(Cache):
 
     def _after_step(self, layer: int, is_prompt: bool) -> None:
         """Let a layer drop and encode; all of them after the last one, where the allocation compares layers."""
-        if not (self._compares_layers and is_prompt):
-            self.own_layers[layer].compress()
+        own = self.own_layers[layer]
+        if not (self.compares_layers and (is_prompt or (self._asks and own.scoring))):
+            own.compress()
         elif layer == len(self.layers) - 1:
             self.compress()
 

@@ -58,6 +58,12 @@ class HeadBudgets:
             own = (own * self.head_share + 1e-6).long()
         return own.clamp(min=1).minimum(whole[:, None]).expand(-1, self._run.num_kv_heads)
 
+    def mean(self, num_seen: torch.Tensor) -> torch.Tensor:
+        """Return how many tokens [B,G] would stay after `num_seen` [B] if all layers and heads had as many."""
+        whole = self._to_hold(num_seen)
+        each = self.budget.tokens(whole).minimum(whole)
+        return each[:, None].expand(-1, self._run.num_kv_heads)
+
     @property
     def may_part(self) -> bool:
         """Whether the allocation has yet to make heads unequal."""

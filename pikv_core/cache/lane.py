@@ -375,6 +375,20 @@ class Lane:
             known = self._beside[name] = (x, x.to(self.tail.position.device))
         return known[1]
 
+    def tokens(self, evictor: Evictor, num_seen: torch.Tensor, room: Room) -> Tokens:
+        """Return what an evictor sees of what is stored; num_seen: [B], beside the tokens."""
+        return Tokens(
+            _joined([store.position for store in self.stores]),
+            {name: _joined([x.columns()[name] for x in self.stores]) for name in evictor.columns},
+            num_seen,
+            room.capacity,
+            self._here("head", self.head),
+            self._here("row", self.row),
+            lambda: _joined([store.decoded()[0] for store in self.stores]),
+            lambda: _joined([store.decoded()[1] for store in self.stores]),
+            self.plan.run,
+        )
+
     def score(self, num_seen: torch.Tensor, room: Room, decide: bool) -> torch.Tensor:
         """Return the evictor's scores [B,G,S], -inf for empty slots and what has left the window.
 
@@ -386,19 +400,7 @@ class Lane:
         elif self.plan.decides_once and not decide:
             score = _joined([store.columns()[SCORE] for store in self.stores])
         else:
-            columns = {name: _joined([x.columns()[name] for x in self.stores]) for name in evictor.columns}
-            tokens = Tokens(
-                position,
-                columns,
-                num_seen,
-                room.capacity,
-                self._here("head", self.head),
-                self._here("row", self.row),
-                lambda: _joined([store.decoded()[0] for store in self.stores]),
-                lambda: _joined([store.decoded()[1] for store in self.stores]),
-                self.plan.run,
-            )
-            score = evictor.score(tokens)
+            score = evictor.score(self.tokens(evictor, num_seen, room))
         gone = position < 0
         if self.plan.window is not None:
             gone = gone | (position < (num_seen - self.plan.window + 1)[:, None, None])
@@ -477,20 +479,29 @@ class Lane:
             self.bounds.rewind(keys, self.tail.position[:, :, whole:] >= 0, self.tail.num_slots)
 
     def split(self, capacity: torch.Tensor) -> list[Lane]:
-        """Return lanes of pairs whose `capacity` [B,G] is nearly equal (within 3 %, or one token)."""
+        """Return lanes of pairs whose `capacity` [B,G], of this lane's, is nearly equal (within 3 %, or one token)."""
         flat = capacity.flatten()
         order = flat.argsort(descending=True, stable=True)
         groups: list[list[int]] = []
         for pair in order.tolist():
             most = int(flat[groups[-1][0]]) if groups else 0
-            if groups and most - int(flat[pair]) <= max(1, most // 32):
+            if groups and most - int(flat[pair]) <= _slack(most):
                 groups[-1].append(pair)
             else:
                 groups.append([pair])
         return [self._part(torch.tensor(sorted(group))) for group in groups]
 
+    def parted(self, capacity: torch.Tensor) -> list[Lane]:
+        """Return this lane, or its parts where what a layer's `capacity` [rows,heads] leaves it is not nearly equal."""
+        room = self.room(capacity)
+        if room.most - room.least <= _slack(room.most) or not self.needs_eviction(room):
+            return [self]
+        return self.split(self.of_heads(capacity))
+
     def _part(self, pairs: torch.Tensor) -> Lane:
-        lane = Lane(self.plan, pairs, self.head.flatten()[pairs][:, None])
+        """Return a lane of some of this lane's pairs, row·heads + head of its own rows and heads."""
+        of_layer = pairs if self.pairs is None else self.pairs[pairs]
+        lane = Lane(self.plan, of_layer, self.head.flatten()[pairs][:, None])
         on_device = pairs.to(self.tail.position.device)
         lane.tail = self.tail.part(on_device, self.tail.codec)
         if self.body is not None and lane.body is not None:
@@ -520,6 +531,11 @@ class Lane:
                 self.body.codec = self.plan.codec.for_heads(self.head)
         if self.bounds is not None:
             self.bounds.select_rows(on_device)
+
+
+def _slack(most: int) -> int:
+    """Return by how many tokens heads of one lane may differ, of which the largest has `most`."""
+    return max(1, most // 32)
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

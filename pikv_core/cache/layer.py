@@ -26,6 +26,7 @@ from pikv_core.cache.tiers.tiers import Tiers
 from pikv_core.compression.base import Codec
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.observation import ALL, LayerRun, Observer
+from pikv_core.scheduling.allocation.asked import ASKED
 from pikv_core.scheduling.allocation.base import Allocation
 from pikv_core.scheduling.base import Evictor, Policy, Selector, ShardSelector
 
@@ -438,6 +439,17 @@ class CacheLayer(CacheLayerMixin):
         self._on_change(self.index)
         self.place_pages()
 
+    def ask(self) -> None:
+        """Let the policy ask for this layer's part of the budget, as long as the layer has dropped nothing."""
+        if self.evictor is None or not self.lanes or not self.lanes[0].stores:
+            return
+        lane = self.lanes[0]
+        if not self.scoring or lane.pairs is not None or lane.num_slots < self.seen_length:
+            return
+        room = lane.room(self.budgets.mean(self.num_seen))
+        asked = self.evictor.ask(lane.tokens(self.evictor, self.seen.here, room))
+        self.run.shared.setdefault(ASKED, {})[self.index] = asked.cpu()
+
     def place_pages(self) -> None:
         """Move to tiers what the device has no room for."""
         if self.tiers is not None:
@@ -470,6 +482,13 @@ class CacheLayer(CacheLayerMixin):
                 self.lanes = self.lanes[0].split(capacity)
                 scores = [lane.of_heads(scores[0]) for lane in self.lanes]
                 rooms = [lane.room(capacity) for lane in self.lanes]
+        if self.evictor is not None and self.evictor.asks:
+            capacity = capacity.clamp(min=1)  # of a row without tokens too, so that no lane is left without a slot
+            lanes = [part for lane in self.lanes for part in lane.parted(capacity)]
+            if len(lanes) > len(self.lanes):  # rows for which unlike layers asked for more
+                self.lanes = lanes
+                rooms = [lane.room(capacity) for lane in lanes]
+                scores = [lane.score(lane.of_rows(self.seen.here), room, False) for lane, room in zip(lanes, rooms)]
         for lane, score, room in zip(self.lanes, scores, rooms):
             if lane.needs_eviction(room):
                 lane.evict(score, room)

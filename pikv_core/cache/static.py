@@ -23,8 +23,9 @@ def check_static(recipe: CacheRecipe, policy: Policy, allocation: Allocation, pe
     """
     if not isinstance(policy, Evictor):
         raise UsageError(f"policy '{policy.name}' drops nothing, so what a step reads grows with every token", _hint())
-    if not has_static_steps(type(policy)):
-        reason = "spreads budgets by how much was seen" if _owns_budgets(type(policy)) else "decides as it goes"
+    if not has_static_steps(type(policy)) or policy.asks:
+        spreads = _owns_budgets(type(policy)) or policy.asks
+        reason = "spreads budgets by how much was seen" if spreads else "decides as it goes"
         raise UsageError(f"policy '{policy.name}' {reason}, so no step stands for the next", _hint())
     if isinstance(recipe.budget, float):
         raise UsageError(

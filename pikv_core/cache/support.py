@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from pikv_core.cache.budget import Budget
+from pikv_core.components import build
 from pikv_core.compression.base import Codec
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.observation import LayerRun
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.allocation import ALLOCATIONS
+from pikv_core.scheduling.allocation.asked import Asked
 from pikv_core.scheduling.allocation.base import Allocation
 from pikv_core.scheduling.base import Evictor, Policy, Selector, ShardSelector
 from pikv_core.schema import CacheRecipe
@@ -54,8 +56,8 @@ def check_layers(policy: Policy, allocation: Allocation, budget: Budget, per_lay
     selects = isinstance(policy, Selector) and policy.limits_itself
     if not budget.limits and not selects:
         return
-    if isinstance(policy, Evictor) and len(set(per_layer)) > 1:
-        owns = type(policy).capacity is not Evictor.capacity
+    if isinstance(policy, Evictor) and (len(set(per_layer)) > 1 or (policy.asks and any(per_layer))):
+        owns = type(policy).capacity is not Evictor.capacity or policy.asks
         if owns or allocation.parts_layers:
             raise UsageError(
                 f"{f'policy {policy.name!r}' if owns else f'allocation {allocation.name!r}'} spreads one budget over "
@@ -69,6 +71,20 @@ def check_layers(policy: Policy, allocation: Allocation, budget: Budget, per_lay
         f"the first {policy.dense_layers} and those with a sliding window",
         hint="lower its dense_layers, or choose a policy that drops tokens",
     )
+
+
+def allocation_of(recipe: CacheRecipe, policy: Policy) -> Allocation:
+    """Return how a recipe's budget is spread; raise UsageError where both its policy and its allocation would."""
+    if not (isinstance(policy, Evictor) and policy.asks):
+        allocation: Allocation = build(ALLOCATIONS, recipe.allocation)
+        return allocation
+    if recipe.allocation.name != "uniform":
+        raise UsageError(
+            f"policy '{policy.name}' spreads the budget by what its layers ask for, so allocation "
+            f"'{recipe.allocation.name}' does not go with it",
+            hint="leave out the allocation, or the policy's mode",
+        )
+    return Asked()
 
 
 def check_selector(selector: Selector, codec: Codec, run: LayerRun) -> None:

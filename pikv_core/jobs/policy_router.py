@@ -28,8 +28,9 @@ CALIBRATION, CHOICES = "calibration", "choices.png"
 class PolicyRouterResult:
     """model: whose cache is routed. calibration: the folder to hand on. metrics: of held-out prompts, costs in nats.
 
-    usage: how often each layer's router takes each of the strategies there. margin: how far they lean to the best
-    single strategy, in logits. num_tokens: of the prompts trained on. tokens_per_s: of those, every round's, over all.
+    usage: how often each layer's router takes each of the strategies there. best_single: in validation, the strategy to
+    improve on; aversion and margin: see `policy_router.hedge`. num_tokens: of the prompts trained on. tokens_per_s: of
+    those, every round's, over all.
     """
 
     model: str
@@ -39,6 +40,8 @@ class PolicyRouterResult:
     strategies: list[str]
     usage: list[list[float]]
     num_steps: int
+    best_single: str
+    aversion: float | None
     margin: float
     num_tokens: int
     tokens_per_s: float
@@ -74,7 +77,7 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
     needles, corpus = open_needles(loaded, settings.text, settings.column, recipe.seed, run.reporter)
     width = num_features(layer_shapes(model.config)[0].head_dim)
     start = policy_router.untrained(model, policy, learnt, recipe.seed, width)
-    options = {"strategies": list(policy.strategies), "router": policy.router}
+    options = {"strategies": list(policy.strategies), "router": policy.router, "mode": policy.mode}
     kinds = " and ".join(router_lessons.domains(needles))
     run.reporter.status(f"{loaded.backend}; {settings.samples} prompts of {kinds}: {corpus}")
     begun = time.perf_counter()
@@ -85,13 +88,15 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
         calibration.save(folder, loaded.source, model, nothing, [member])
         cache: dict[str, Any] = {"policy": {"name": "moe-router", **options}, "calibration": [folder]}
         prompts = partial(router_lessons.held_prompts, model, cache, needles, settings)
-        fitted, others = start, None
+        validation = partial(prompts, settings.validation_samples, policy_router.VALIDATION_SEED, "train")
+        best = policy_router.best_single(validation())
+        others = router_lessons.always(best)
         for _ in range(settings.rounds):
             lessons = router_lessons.gather(prompts(settings.samples, recipe.seed, "train"), others)
-            fitted = policy_router.learn(lessons, policy, start, settings, run)
+            learnt_by = (lessons, policy, start, settings, run, best)
+            by_aversion = {aversion: policy_router.learn(*learnt_by, aversion) for aversion in settings.aversions}
+            fitted, aversion, margin = policy_router.hedge(validation(), policy, by_aversion, best)
             others = policy_router.choice(policy, fitted)
-        unseen = prompts(settings.validation_samples, policy_router.VALIDATION_SEED, "train")
-        fitted, margin = policy_router.hedge(unseen, policy, fitted, lessons.best_single)
         unseen = prompts(settings.eval_samples, policy_router.EVALUATION_SEED, "test")
         metrics, chosen, kinds_of = policy_router.measure(unseen, policy, fitted, start, recipe.seed)
     usage = policy_router.usage(chosen)
@@ -101,7 +106,8 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
     run.telemetry.image("router/choices", picture, WIDTH, HEIGHT, settings.steps)
     seconds = time.perf_counter() - begun
     folder_out = run.folder / CALIBRATION
-    notes = {"length": settings.length, "budgets": settings.budgets, "margin": margin, "measured": metrics}
+    leaning = {"best_single": policy.strategies[best], "aversion": aversion, "margin": margin}
+    notes = {"length": settings.length, "budgets": settings.budgets, **leaning, "measured": metrics}
     calibration.save(
         folder_out,
         loaded.source,
@@ -118,6 +124,8 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
         strategies=list(policy.strategies),
         usage=[[round(share, 4) for share in shares] for shares in usage],
         num_steps=settings.steps,
+        best_single=policy.strategies[best],
+        aversion=aversion,
         margin=margin,
         num_tokens=lessons.num_tokens,
         tokens_per_s=settings.rounds * lessons.num_tokens / seconds,
@@ -129,7 +137,8 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
 def _policy(settings: PolicyRouterSettings) -> MoERouter:
     """Return the policy whose routers are trained; raises UsageError for strategies that it cannot have."""
     strategies = {} if settings.strategies is None else {"strategies": tuple(settings.strategies)}
-    policy: MoERouter = build(POLICIES, Component("moe-router", {**strategies, "router": settings.router}))
+    given = {"router": settings.router, "mode": settings.mode}
+    policy: MoERouter = build(POLICIES, Component("moe-router", {**strategies, **given}))
     return policy
 
 

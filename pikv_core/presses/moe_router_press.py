@@ -100,8 +100,13 @@ class RouterPress(PolicyPress):
             )
 
     def post_init_from_model(self, model: Any) -> None:
-        """Take the routers of a model; raises UsageError for another model's, or where num_experts is not theirs."""
+        """Take the routers of a model; raises UsageError for another model's or number, and for mode native's."""
         super().post_init_from_model(model)
+        if self._policy.asks:
+            raise UsageError(
+                "policy 'moe-router' in mode native compares layers, and a press never holds them all",
+                hint="use PiKVCache, or routers that were trained in mode budget",
+            )
         self._check_num_experts(self._policy.strategies)
 
     def compress(self, module: Any, *given: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -100,6 +100,24 @@ class Evictor(Policy, Observer, ABC):
         """
         return None
 
+    @property
+    def asks(self) -> bool:
+        """Whether every layer asks for its part of one budget (`ask`), so that none drops before all have asked."""
+        return False
+
+    def ask(self, tokens: Tokens) -> torch.Tensor:
+        """Return the share [B] of the tokens seen that a layer asks for, in proportion to which the budget is spread.
+
+        Called at the end of a prompt while nothing is gone; `tokens.capacity` is the mean over the layers, and the
+        layer's heads are all there.
+        """
+        raise NotImplementedError(f"{type(self).__name__} declares that its layers ask but does not ask")
+
+    @property
+    def native_share(self) -> float | None:
+        """The share of the tokens seen that the policy stands for, whatever the budget; None where it has none."""
+        return None
+
     def ends(self, capacity: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return how many first and newest tokens [B,G] of a sequence stay, where positions alone say it; None else.
 

@@ -1,6 +1,7 @@
 """Fixed shares of a context's beginning and end, as the origin's strategies have them, scaled to the budget.
 
-They took 30, 50 and 80 % of the tokens; here the shares say how a budget is parted between both ends.
+They took 30, 50 and 80 % of the tokens; here the shares say how a budget is parted between both ends. What they took is
+their `native_share`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ends(Evictor):
-    """Keep the first and the last tokens of a prompt, in the proportion of the shares `first` and `last`."""
+    """Keep the first and the last tokens of a prompt, in the proportion of the percentages `first` and `last`."""
 
     decides_once: ClassVar[bool] = True
     heads_apart: ClassVar[bool] = True
     first: ClassVar[int]
     last: ClassVar[int]
+
+    @property
+    def native_share(self) -> float:
+        return (self.first + self.last) / 100
 
     def score(self, tokens: Tokens) -> torch.Tensor:
         num_first = tokens.capacity * self.first // (self.first + self.last)

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from pikv_core.components import Component, build
 from pikv_core.errors import PiKVError, UsageError
-from pikv_core.observation import WHOLE, Rows
+from pikv_core.observation import WHOLE, LayerRun, Rows
 from pikv_core.scheduling import POLICIES
 from pikv_core.scheduling.base import Evictor, Tokens
 
@@ -40,9 +40,13 @@ class MoERouter(Evictor):
 
     A router for each layer (`router`: one of the routers of mixtures of experts) looks once, at the end of the prompt,
     at the mean key and the oddest ones, the longest value, how even attention is, the length and the budget. With
-    `top_k` above 1 the ranks that the strategies give the tokens are mixed by the router's weights. Every strategy has
-    the whole budget. What the routers and the strategies have learnt is in `LayerRun.fitted`. `LayerRun.own` tells the
-    weights [B,E] that were taken, and may give others beforehand.
+    `top_k` above 1 the ranks that the strategies give the tokens are mixed by the router's weights. What the routers
+    and the strategies have learnt is in `LayerRun.fitted`. `LayerRun.own` tells the weights [B,E] that were taken, and
+    may give others beforehand.
+
+    mode: under "budget" every strategy has the whole budget, in every layer. Under "native" the layers share one
+    budget, in proportion to the share of the tokens that the strategy chosen in each stands for (`native_share`), the
+    mean budget where it stands for none; chosen anew for every prompt as long as nothing is gone, then for good.
     """
 
     calibrated: ClassVar[bool] = True
@@ -53,6 +57,7 @@ class MoERouter(Evictor):
     strategies: tuple[str, ...] = ("aggressive", "moderate", "conservative", "snapkv", "semantic", "temporal")
     router: Literal["base", "pikv"] = "base"
     top_k: Annotated[int, Field(ge=1)] = 1
+    mode: Literal["budget", "native"] = "budget"
     members: ClassVar[dict[str, Evictor]]
 
     def __post_init__(self) -> None:
@@ -91,7 +96,7 @@ class MoERouter(Evictor):
     def score(self, tokens: Tokens) -> torch.Tensor:
         import torch
 
-        weights = self.choose(tokens)
+        weights = self._asked_with(tokens.layer) if self.asks else self.choose(tokens)
         tokens.layer.own[WEIGHTS] = weights
         own = weights[tokens.row.to(weights.device)]
         mixed = torch.zeros(tokens.position.shape, device=tokens.position.device)
@@ -99,6 +104,35 @@ class MoERouter(Evictor):
             if bool(weight.any()):
                 mixed += weight[:, None, None] * ranks(self.member_score(name, tokens), tokens.position)
         return mixed
+
+    @property
+    def asks(self) -> bool:
+        return self.mode == "native"
+
+    def ask(self, tokens: Tokens) -> torch.Tensor:
+        weights = tokens.layer.own[WEIGHTS] = self.choose(tokens)
+        mean = tokens.capacity.double().mean(dim=1) / tokens.num_seen.clamp(min=1)
+        asked = (weights.to(mean.device).double() * self.shares(mean)).sum(dim=-1)
+        return asked.masked_fill(tokens.num_seen == 0, 0.0)  # nothing is known of a row that is padding alone
+
+    def shares(self, mean: torch.Tensor) -> torch.Tensor:
+        """Return the share [B,E] of the tokens seen that each strategy stands for, the `mean` [B] where it has none."""
+        import torch
+
+        native = [member.native_share for member in self.members.values()]
+        return torch.stack([mean if own is None else torch.full_like(mean, own) for own in native], dim=-1)
+
+    def _asked_with(self, layer: LayerRun) -> torch.Tensor:
+        """Return the weights [B,E] by which a layer has asked for its part of the budget."""
+        weights = layer.own.get(GIVEN, layer.own.get(WEIGHTS))
+        if weights is None:
+            raise UsageError(
+                f"policy '{self.name}' in mode native sizes a layer when all of them have been seen, and this one has "
+                "to drop tokens before",
+                hint="use PiKVCache, which holds a prompt until then, or routers trained in mode budget",
+            )
+        chosen: torch.Tensor = weights
+        return chosen
 
     def choose(self, tokens: Tokens) -> torch.Tensor:
         """Return the weights [B,E] of the strategies, which sum to 1; those given beforehand come first."""

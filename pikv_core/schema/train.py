@@ -201,18 +201,25 @@ class PolicyRouterSettings(Section):
 
     strategies: Annotated[list[str], Field(min_length=2)] | None = None  # policies; by default moe-router's own
     router: Literal["base", "pikv"] = "base"
+    mode: Literal["budget", "native"] = "budget"  # native: layers share a budget by the strategies' own shares
+    mu: Annotated[float, Field(ge=0)] = 0.1  # nats that a layer kept whole is worth to the others; of mode native
     calibration: list[str] = []  # folders that hold what calibrated strategies need
     length: Annotated[int, Field(ge=16)] = 1024  # of a prompt and what follows it
     context: Annotated[float, Field(gt=0, lt=1)] = 0.9  # share of it that is compressed; what follows measures the loss
     budgets: Annotated[list[Share], Field(min_length=1)] = [0.5, 0.35, 0.2]  # shares of the context
-    samples: Positive = 36  # prompts, each under every budget
-    rounds: Positive = 2  # measured with the other layers whole at first, then as the routers choose
-    validation_samples: Positive = 18  # prompts that say how far to lean to the best single strategy
+    samples: Positive = 72  # prompts, each under every budget
+    rounds: Positive = 1  # measured with the best single strategy in the other layers at first, then as routers choose
+    validation_samples: Positive = 24  # prompts that tell the best single strategy, and how far to lean to it
     steps: Positive = 400  # a round
     batch: Positive = 64  # lessons a step
     lr: Annotated[float, Field(gt=0)] = 0.05
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    noise: Annotated[float, Field(ge=0)] = 2.0  # on features, in their standard deviations: what is unsure stays safe
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    noise: Annotated[float, Field(ge=0)] = 1.0  # on features, in their standard deviations: what is unsure stays safe
+    aversions: Annotated[list[Annotated[float, Field(ge=1)]], Field(min_length=1)] = [
+        1.0,
+        4.0,
+        16.0,
+    ]  # to losses; tried
     balance: Annotated[float, Field(ge=0)] = 0.01  # weight of the balance over strategies
     text: list[str] = []  # around the needles, in place of the embedded corpus
     column: str | None = None

@@ -24,7 +24,6 @@ from pikv_core.cache.support import windows
 from pikv_core.errors import PiKVError
 from pikv_core.model.steps import prefill
 from pikv_core.scheduling import POLICIES
-from pikv_core.scheduling.allocation import ALLOCATIONS
 from pikv_core.scheduling.base import Selector
 from pikv_core.schema import CacheRecipe
 
@@ -47,7 +46,7 @@ class CompressedContext:
     def __init__(self, model: Any, recipe: CacheRecipe):
         self._model, self._cache = model, _Cache.for_model(model, recipe)
         # Such a cache drops nothing before all layers are through, when the pass that learns is over.
-        self._needs_own_pass = self._cache.looks is not None or ALLOCATIONS[recipe.allocation.name].compares_layers
+        self._needs_own_pass = self._cache.looks is not None or self._cache.compares_layers
         self._num_context = 0
         self._selection_losses: list[Tensor] = []
 

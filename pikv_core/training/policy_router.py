@@ -1,9 +1,11 @@
 """Routers over cache strategies, trained on a frozen model for the policy `moe-router`.
 
-The router's loss is the cost that it expects, once over the layer's mean, which prompts on which much is lost dominate,
-and once over the prompt's own; and the balance of a mixture of experts. Noise on the features makes a choice that costs
-much where it is wrong one that has to be sure. What a strategy costs in a layer depends on what the others keep: it is
-measured with the others whole, then again with them as the routers choose.
+The router's loss is what it expects to lose over the best single strategy, once relative to that one's mean cost in the
+layer, which prompts on which much is lost dominate, and once to the greater of the two costs; and the balance of a
+mixture of experts. What a strategy costs in a layer depends on what the others keep: the best single strategy, and in
+later rounds what the routers choose. So that a router is not worse than that strategy: noise on the features makes a
+choice that costs much where it is wrong one that has to be sure, losses count several times what gains do, and routers
+averse to losses to several degrees are compared on prompts of their own.
 Shapes: L layers, N lessons (a prompt under one budget), E strategies, F features.
 """
 
@@ -24,8 +26,9 @@ from pikv_core.scheduling.moe_router import ROUTER, MoERouter, new_router, norma
 from pikv_core.schema import PolicyRouterSettings
 from pikv_core.training.router_lessons import Choose, Held, Lessons, always, at_random
 
-MARGINS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # in logits
+MARGINS = (0.0, 1.0, 2.0, 4.0)  # in logits
 ALWAYS = 1e4  # a margin that nothing overcomes
+MOST_LOST = 20.0  # of what the best single strategy costs: beyond it everything is as bad
 LEAST_COST = 1e-6  # nats, so that prompts on which nothing is lost stay finite
 LEAST_SPREAD = 1e-6  # of a feature
 VALIDATION_SEED, EVALUATION_SEED = 20_262, 20_263
@@ -46,15 +49,31 @@ def untrained(
 
 
 def learn(
-    lessons: Lessons, policy: MoERouter, start: Mapping[str, Tensor], settings: PolicyRouterSettings, run: Run
+    lessons: Lessons,
+    policy: MoERouter,
+    start: Mapping[str, Tensor],
+    settings: PolicyRouterSettings,
+    run: Run,
+    best: int,
+    aversion: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Train the routers of all layers from where they `start`; return what the policy goes by."""
+    """Train the routers of all layers from where they `start`; return what the policy goes by.
+
+    best: the single strategy to improve on. aversion: how much a loss counts of what an equal gain does.
+    """
     torch.manual_seed(run.recipe.seed)
     mean, spread = lessons.features.mean(dim=1), lessons.features.std(dim=1)
     scale = 1 / spread.clamp(min=LEAST_SPREAD) * lessons.features.shape[-1] ** -0.5
     scale = scale.masked_fill(spread < LEAST_SPREAD, 0.0)  # what never changes tells nothing
-    cost = lessons.cost / (lessons.cost.mean(dim=(1, 2), keepdim=True) + LEAST_COST)
-    cost = cost + lessons.cost / (lessons.cost.mean(dim=-1, keepdim=True) + LEAST_COST)
+    paid = lessons.cost
+    if policy.asks:
+        assert lessons.kept is not None
+        paid = paid + settings.mu * lessons.kept
+    usual = paid[..., best, None]
+    lost = paid - usual
+    lost = torch.where(lost > 0, aversion * lost, lost)
+    over_layer = (lost / (usual.mean(dim=1, keepdim=True) + LEAST_COST)).clamp(max=MOST_LOST)
+    cost = over_layer + lost / (torch.maximum(paid, usual) + LEAST_COST)
     routers = [policy.router_of(start, layer, "cpu").train() for layer in range(len(mean))]
     optimizer = torch.optim.AdamW(
         [weight for router in routers for weight in router.parameters()],
@@ -85,7 +104,8 @@ def learn(
             run.reporter.progress(f"training routers: step {step}, loss {loss.item():.4f}", step, settings.steps)
             first = torch.stack([router.route(own, None).experts[:, 0] for router, own in zip(routers, x)])
             used = {name: float((first == at).float().mean()) for at, name in enumerate(policy.strategies)}
-            run.telemetry.metrics(step, {"train/loss": loss.item(), **{f"usage/{k}": v for k, v in used.items()}})
+            told = {"train/loss": loss.item(), **{f"usage/{name}": share for name, share in used.items()}}
+            run.telemetry.metrics(step, {f"{tag}/aversion_{aversion:g}": value for tag, value in told.items()})
     states = [router.state_dict() for router in routers]
     trained = {f"{ROUTER}{name}": torch.stack([state[name] for state in states]) for name in states[0]}
     return {**start, **trained, "feature_mean": mean, "feature_scale": scale}
@@ -112,23 +132,30 @@ def leaning(fitted: Mapping[str, Tensor], strategy: int, margin: float) -> dict[
     return {**fitted, f"{ROUTER}weight": weight}
 
 
-def hedge(
-    prompts: Iterable[Held], policy: MoERouter, fitted: Mapping[str, Tensor], best: int
-) -> tuple[dict[str, Tensor], float]:
-    """Return the routers leaning to the `best` single strategy by the margin that loses least, and that margin.
+def best_single(prompts: Iterable[Held]) -> int:
+    """Return the one strategy that costs least over all."""
+    cost = [held.together([always(strategy) for strategy in range(held.shape[2])]) for held in prompts]
+    return int(torch.cat(cost).mean(dim=0).argmin())
 
-    prompts: of which nothing was learnt. Where the routers are not ahead of the single strategy by more than a standard
-    error, they take it always.
+
+def hedge(
+    prompts: Iterable[Held], policy: MoERouter, learnt: Mapping[float, Mapping[str, Tensor]], best: int
+) -> tuple[dict[str, Tensor], float | None, float]:
+    """Return of the routers by their aversion those that surely gain most, leaning to the `best` single strategy.
+
+    With them, their aversion, and by what margin they lean. Of prompts of which nothing was learnt: the mean gain over
+    the single strategy, less its standard error, is the greatest. Where it is not above 0 they take the single strategy
+    ALWAYS, and no aversion is told.
     """
-    leant = [leaning(fitted, best, margin) for margin in MARGINS]
-    choices = [always(best), *(choice(policy, own) for own in leant)]
+    leant = {(aversion, margin): leaning(own, best, margin) for aversion, own in learnt.items() for margin in MARGINS}
+    choices = [always(best), *(choice(policy, own) for own in leant.values())]
     cost = torch.cat([held.together(choices) for held in prompts])
-    ahead = cost[:, :1] - cost
-    sure = ahead.mean(dim=0) - ahead.std(dim=0) * len(ahead) ** -0.5
-    if bool((sure <= 0).all()):
-        return leaning(fitted, best, ALWAYS), ALWAYS
-    chosen = int(ahead.mean(dim=0).masked_fill(sure <= 0, -torch.inf).argmax()) - 1
-    return leant[chosen], MARGINS[chosen]
+    gain = cost[:, :1] - cost[:, 1:]
+    sure = gain.mean(dim=0) - gain.std(dim=0) * len(gain) ** -0.5
+    if bool(sure.max() <= 0):
+        return leaning(next(iter(learnt.values())), best, ALWAYS), None, ALWAYS
+    aversion, margin = list(leant)[int(sure.argmax())]
+    return leant[aversion, margin], aversion, margin
 
 
 def measure(

@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from pikv_core.cache import PiKVCache
+from pikv_core.cache.budget import Budget
 from pikv_core.data import tokens as token_streams
 from pikv_core.data.recall import RecallSource
 from pikv_core.errors import PiKVError
 from pikv_core.evaluation.samples import fingerprint
 from pikv_core.model.steps import feed
+from pikv_core.scheduling.allocation.asked import ASKED
 from pikv_core.scheduling.moe_router import GIVEN, MoERouter, features
 from pikv_core.schema import PolicyRouterSettings
 from pikv_core.training.held_tokens import held_tokens
@@ -34,21 +36,16 @@ AT_A_TIME = 2  # prompts; those drawn together have as many needles
 class Lessons:
     """features [L,N,F]; cost [L,N,E] in nats; agree [L,N,E]: the share of tokens whose greedy choice stays.
 
-    A cost is of one layer under one strategy, the other layers keeping what somebody chose. single [N,E]: the costs of
-    each strategy in all layers.
+    A cost is of one layer under one strategy, the other layers keeping what somebody chose. kept [N,E]: the share of a
+    context that a layer keeps of it; it counts in mode native.
     """
 
     features: Tensor
     cost: Tensor
     agree: Tensor
-    single: Tensor
     sha256: str
     num_tokens: int
-
-    @property
-    def best_single(self) -> int:
-        """The one strategy that costs least over all."""
-        return int(self.single.mean(dim=0).argmin())
+    kept: Tensor | None = None
 
 
 class Prompts(NamedTuple):
@@ -94,8 +91,9 @@ def draw(
 class Held:
     """Prompts whose contexts a cache under `moe-router` holds whole, so that what a choice would lose can be measured.
 
-    recipe: of the cache, with its budget. features [L,B,F]; full [B,T,V]: the full cache's log-probabilities. kind: of
-    the prompts and their budget, for whoever tells of them.
+    recipe: of the cache, with its budget. features [L,B,F]; full [B,T,V]: the full cache's log-probabilities; kept [E]:
+    the share of the context at which a strategy's cost in a layer is measured, in mode native its own. kind: of the
+    prompts and their budget, for whoever tells of them.
     """
 
     @torch.no_grad()
@@ -110,7 +108,14 @@ class Held:
         self.policy = policy
         capacity = max(1, int(recipe["budget"] * prompts.num_context))
         self.features = torch.stack([features(held_tokens(layer, capacity)).cpu() for layer in self.cache.own_layers])
+        self.kept = self._kept(capacity / prompts.num_context)
         self.full = log_probs(model, self.cache.fork(), later)
+
+    def _kept(self, asked: float) -> Tensor:
+        mean = torch.tensor([asked], dtype=torch.float64)
+        if self.policy.asks:
+            return self.policy.shares(mean)[0]
+        return mean.expand(len(self.policy.strategies))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -121,19 +126,22 @@ class Held:
     def compressed(self, weights: Tensor | None, but: int | None = None) -> PiKVCache:
         """Return a cache whose layers keep what strategies of these weights [L,B,E] say; layer `but` is still held.
 
-        None: what the router says.
+        None: what the router says. All layers together have the budget, in mode native too.
         """
         cache = self.cache.fork()
-        for index, layer in enumerate(cache.own_layers):
-            if weights is not None:
-                layer.run.own[GIVEN] = weights[index].to(self._model.device)
-            if index != but:
+        if weights is not None:
+            for layer, own in zip(cache.own_layers, weights):
+                layer.run.own[GIVEN] = own.to(self._model.device)
+        cache.ask()
+        for layer in cache.own_layers:
+            if layer.index != but:
                 layer.compress()
         return cache
 
     @torch.no_grad()
     def lost(self, cache: PiKVCache) -> tuple[Tensor, Tensor]:
         """Return what a cache has lost, and the share of tokens whose greedy choice stays, [B] each; it is used up."""
+        cache.hold()  # nothing comes after these tokens
         found = log_probs(self._model, cache, self.later)
         kl = (self.full.exp() * (self.full - found)).sum(dim=-1).mean(dim=-1)
         return kl.cpu(), (self.full.argmax(-1) == found.argmax(-1)).float().mean(dim=-1).cpu()
@@ -154,9 +162,18 @@ class Held:
         best = self.together([always(strategy) for strategy in range(E)]).argmin(dim=-1)
         weights = functional.one_hot(best, E).float().repeat(L, 1, 1)
         for index in range(L):
-            best = self._layer_costs(index, weights)[0].argmin(dim=-1)
+            best = self._oracle_costs(index, weights).argmin(dim=-1)
             weights[index] = functional.one_hot(best, E)
         return weights
+
+    def _oracle_costs(self, index: int, weights: Tensor) -> Tensor:
+        """Return what each strategy in a layer costs [B,E], the others under weights [L,B,E], under the same budget."""
+        if not self.policy.asks:
+            return self._layer_costs(index, weights)[0]
+        _, B, E = self.shape
+        before, after = weights[:index], weights[index + 1 :]
+        each = [torch.cat([before, one_hot(strategy, E, B)[None], after]) for strategy in range(E)]
+        return torch.stack([self.lost(self.compressed(own))[0] for own in each], dim=-1)
 
     @torch.no_grad()
     def _layer_costs(self, index: int, others: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -167,6 +184,9 @@ class Held:
             cache = base.fork()
             layer = cache.own_layers[index]
             layer.run.own[GIVEN] = one_hot(strategy, E, B).to(self._model.device)
+            if self.policy.asks:
+                layer.run.shared.pop(ASKED, None)  # the layer alone, so that it is given what its budget says
+                layer.budgets.budget = Budget(float(self.kept[strategy]))
             layer.compress()
             found.append(self.lost(cache))
         cost, agree = (torch.stack(parts, dim=-1) for parts in zip(*found))
@@ -207,18 +227,19 @@ def gather(prompts: Iterable[Held], others: Choose | None) -> Lessons:
     Raises PiKVError where a number is not finite.
     """
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    single: list[Tensor] = []
+    kept: list[Tensor] = []
     read: list[Tensor] = []
     for held in prompts:
         found.append((held.features, *held.costs(None if others is None else others(held))))
-        single.append(held.together([always(strategy) for strategy in range(held.shape[2])]))
+        kept.append(held.kept.expand(held.shape[1:]))
         if not read or read[-1] is not held.prompts.ids:  # under another budget
             read.append(held.prompts.ids)
     x, cost, agree = (torch.cat(parts, dim=1) for parts in zip(*found))
     if not bool(x.isfinite().all() and cost.isfinite().all()):
         raise PiKVError("the model's numbers are not finite", hint="train in --dtype float32")
     ids = [own.flatten() for own in read]
-    return Lessons(x, cost, agree, torch.cat(single), fingerprint(torch.cat(ids)), sum(map(len, ids)))
+    num_tokens = sum(map(len, ids))
+    return Lessons(x, cost, agree, fingerprint(torch.cat(ids)), num_tokens, torch.cat(kept).float())
 
 
 def always(strategy: int) -> Choose:

@@ -60,7 +60,7 @@ def planted(best, seed):
     cost = torch.rand(L, N, E, generator=generator) * 0.2 + 0.9
     for layer in range(L):
         cost[layer].scatter_(1, best(layer, x[layer])[:, None], 0.1)
-    return router_lessons.Lessons(x, cost, 1 - cost.clamp(max=1), cost.sum(dim=0), "0" * 64, N)
+    return router_lessons.Lessons(x, cost, 1 - cost.clamp(max=1), "0" * 64, N)
 
 
 class Planted:
@@ -103,7 +103,7 @@ def test_a_planted_rule_is_learnt(tmp_path, rule, least, router):
     torch.manual_seed(0)
     policy = MoERouter(router=router)
     start = started(policy)
-    fitted = policy_router.learn(planted(rule, 1), policy, start, SETTINGS, run_in(tmp_path))
+    fitted = policy_router.learn(planted(rule, 1), policy, start, SETTINGS, run_in(tmp_path), best_of(planted(rule, 1)))
     assert not torch.equal(fitted["router/weight"], start["router/weight"])  # gradients have come this far
     unseen = planted(rule, 2)
     found, usage = measured_on(unseen, policy, fitted, start)
@@ -122,7 +122,7 @@ def test_a_few_prompts_on_which_much_is_lost_count_for_what_is_lost(tmp_path):
     lessons.cost[:, :4, [1, 4]] = 100.0
     policy = MoERouter()
     start = started(policy)
-    fitted = policy_router.learn(lessons, policy, start, SETTINGS, run_in(tmp_path))
+    fitted = policy_router.learn(lessons, policy, start, SETTINGS, run_in(tmp_path), best_of(lessons))
     found, _ = measured_on(lessons, policy, fitted, start)
     assert found["chosen"] < 0.2 * L < found["best_single"]
 
@@ -132,10 +132,10 @@ def test_routers_that_learnt_too_little_take_the_best_single_strategy(tmp_path):
     start = started(policy)
     lessons = planted(by_prompt, 1)
     lessons.cost[..., 3] = 0.05  # always best
-    best = int(lessons.cost.sum(dim=(0, 1)).argmin())
-    wrong = policy_router.learn(planted(by_prompt, 1), policy, start, SETTINGS, run_in(tmp_path))
-    leant, margin = policy_router.hedge([Planted(lessons)], policy, wrong, best)
-    assert best == 3 and margin == policy_router.ALWAYS
+    best = best_of(lessons)
+    wrong = policy_router.learn(planted(by_prompt, 1), policy, start, SETTINGS, run_in(tmp_path), best)
+    leant, aversion, margin = policy_router.hedge([Planted(lessons)], policy, {1.0: wrong}, best)
+    assert best == 3 and aversion is None and margin == policy_router.ALWAYS
     found, usage = measured_on(lessons, policy, leant, start)
     assert found["chosen"] == pytest.approx(found["best_single"]) and all(shares[3] == 1 for shares in usage)
 
@@ -143,12 +143,26 @@ def test_routers_that_learnt_too_little_take_the_best_single_strategy(tmp_path):
 def test_routers_that_know_better_lean_no_further_than_is_good(tmp_path):
     policy = MoERouter()
     start = started(policy)
-    fitted = policy_router.learn(planted(by_prompt, 1), policy, start, SETTINGS, run_in(tmp_path))
-    unseen = planted(by_prompt, 2)
-    leant, margin = policy_router.hedge([Planted(unseen)], policy, fitted, unseen.best_single)
-    assert margin in policy_router.MARGINS
-    before, after = (measured_on(unseen, policy, own, start)[0]["chosen"] for own in (fitted, leant))
-    assert after <= before + 1e-6
+    lessons, unseen = planted(by_prompt, 1), planted(by_prompt, 2)
+    best = best_of(unseen)
+    run = run_in(tmp_path)
+    learnt = {k: policy_router.learn(lessons, policy, start, SETTINGS, run, best, k) for k in (1.0, 4.0)}
+    leant, aversion, margin = policy_router.hedge([Planted(unseen)], policy, learnt, best)
+    assert aversion in learnt and margin in policy_router.MARGINS
+    gain = {key: gain_of(unseen, policy, own, best) for key, own in {**learnt, None: leant}.items()}
+    assert gain[None] >= max(gain.values()) - 1e-6
+
+
+def gain_of(lessons, policy, fitted, best):
+    """Return the mean gain over the best single strategy, less its standard error."""
+    prompts = Planted(lessons)
+    cost = prompts.together([router_lessons.always(best), policy_router.choice(policy, fitted)])
+    gain = cost[:, 0] - cost[:, 1]
+    return float(gain.mean() - gain.std() / len(gain) ** 0.5)
+
+
+def best_of(lessons):
+    return policy_router.best_single([Planted(lessons)])
 
 
 def test_costs_are_what_one_layer_under_one_strategy_changes(model, source):

@@ -264,6 +264,11 @@ def make_split(
             "a cache over ranks does not go over tiers too: each rank's memories are its own",
             hint="leave out --split, or tiers and policy flexgen",
         )
+    if isinstance(policy, Evictor) and policy.asks:
+        raise UsageError(
+            f"policy '{policy.name}' spreads one budget by what the layers ask for, which ranks do not tell each other",
+            hint="leave out --split, or the policy's mode",
+        )
     if name == Heads.name:
         _check_heads(wire.count, recipe, policy, num_kv_heads)
         return Heads(wire)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pikv_core.components import Component, build
@@ -18,6 +18,7 @@ from pikv_core.schema import PolicyRouterSettings, TrainRecipe
 if TYPE_CHECKING:
     import torch
 
+    from pikv_core.model.loading import LoadedModel
     from pikv_core.scheduling.moe_router import MoERouter
 
 CALIBRATION = "calibration"
@@ -58,34 +59,33 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
     policy = _policy(settings)
 
     from pikv_core.cache import calibration
-    from pikv_core.cache.calibration import layer_shapes
     from pikv_core.model.loading import load_model
-    from pikv_core.scheduling.moe_router import num_features
-    from pikv_core.training import policy_router, router_lessons
+    from pikv_core.scheduling import strategy_history
+    from pikv_core.training import policy_router, router_lessons, useful_strategies
     from pikv_core.training.needles import open_needles
 
     loaded = load_model(recipe.start, recipe)
     model = loaded.model
     loaded.check_length(settings.length, run.reporter)
     calibration.check_model(settings.calibration, model)
-    learnt = _learnt(policy, settings, model.config)
+    history = _history(policy, settings, model.config)
     needles, corpus = open_needles(loaded, settings.text, settings.column, recipe.seed, run.reporter)
-    width = num_features(layer_shapes(model.config)[0].head_dim)
-    start = policy_router.untrained(model, policy, learnt, recipe.seed, width)
-    options = {"strategies": list(policy.strategies), "router": policy.router}
     kinds = " and ".join(router_lessons.domains(needles))
     run.reporter.status(f"{loaded.backend}; {settings.samples} prompts of {kinds}: {corpus}")
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:  # a cache takes what was fitted from a folder alone
-        folder = str(Path(temporary) / CALIBRATION)
-        member = calibration.Member("moe-router", "policy", options, start)
-        nothing = calibration.Corpus(source="", sha256="", num_tokens=0)
-        calibration.save(folder, loaded.source, model, nothing, [member])
-        cache: dict[str, Any] = {"policy": {"name": "moe-router", **options}, "calibration": [folder]}
+        start, cache = _start(recipe, loaded, policy, history, f"{temporary}/all")
         prompts = partial(router_lessons.held_prompts, model, cache, needles, settings)
         fitted, others = start, None
-        for _ in range(settings.rounds):
+        for number in range(settings.rounds):
             lessons = router_lessons.gather(prompts(settings.samples, recipe.seed, "train"), others)
+            if number == 0 and settings.num_strategies is not None:
+                kept = useful_strategies.most_useful(lessons.cost, settings.num_strategies, lessons.best_single)
+                lessons, policy = useful_strategies.of_strategies(lessons, policy, kept)
+                run.reporter.status(f"kept {', '.join(policy.strategies)}")
+                history = strategy_history.of_strategies(history, kept)
+                start, cache = _start(recipe, loaded, policy, history, f"{temporary}/kept")
+                prompts = partial(router_lessons.held_prompts, model, cache, needles, settings)
             fitted = policy_router.learn(lessons, policy, start, settings, run)
             others = policy_router.choice(policy, fitted)
         unseen = prompts(settings.validation_samples, policy_router.VALIDATION_SEED, "train")
@@ -100,7 +100,7 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
         loaded.source,
         model,
         calibration.Corpus(source=corpus, sha256=lessons.sha256, num_tokens=lessons.num_tokens),
-        [calibration.Member("moe-router", "policy", options, fitted, notes)],
+        [calibration.Member("moe-router", "policy", _options(policy), fitted, notes)],
     )
     run.telemetry.metrics(settings.steps, {f"test/{name}": value for name, value in metrics.items()})
     for layer, shares in enumerate(usage):
@@ -124,9 +124,62 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
 
 def _policy(settings: PolicyRouterSettings) -> MoERouter:
     """Return the policy whose routers are trained; raises UsageError for strategies that it cannot have."""
-    strategies = {} if settings.strategies is None else {"strategies": tuple(settings.strategies)}
-    policy: MoERouter = build(POLICIES, Component("moe-router", {**strategies, "router": settings.router}))
+    options = {name: getattr(settings, name) for name in ("router", "cache_aware")}
+    if settings.strategies is not None:
+        options["strategies"] = tuple(settings.strategies)
+    policy: MoERouter = build(POLICIES, Component("moe-router", options))
+    num, of = settings.num_strategies, len(policy.strategies)
+    if isinstance(num, int) and num > of:
+        raise UsageError(
+            f"policy_router.num_strategies: {num} cannot be kept of the {of} strategies {', '.join(policy.strategies)}",
+            hint=f"2 to {of}, or auto",
+        )
     return policy
+
+
+def _options(policy: MoERouter) -> dict[str, Any]:
+    """Return what the routers depend on."""
+    return {"strategies": list(policy.strategies), "router": policy.router, "cache_aware": policy.cache_aware}
+
+
+def _start(
+    recipe: TrainRecipe, loaded: LoadedModel, policy: MoERouter, history: Mapping[str, torch.Tensor], folder: str
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return untrained routers, and a cache's recipe that goes by them, saved in a folder."""
+    from pikv_core.cache import calibration
+    from pikv_core.training.policy_router import untrained
+
+    assert recipe.policy_router is not None
+    model = loaded.model
+    learnt = _learnt(policy, recipe.policy_router, model.config)
+    width = policy.width(calibration.layer_shapes(model.config)[0].head_dim)
+    start = untrained(model, policy, {**learnt, **history}, recipe.seed, width)
+    member = calibration.Member("moe-router", "policy", _options(policy), start)
+    nothing = calibration.Corpus(source="", sha256="", num_tokens=0)
+    calibration.save(folder, loaded.source, model, nothing, [member])
+    return start, {"policy": {"name": "moe-router", **_options(policy)}, "calibration": [folder]}
+
+
+def _history(policy: MoERouter, settings: PolicyRouterSettings, config: Any) -> dict[str, torch.Tensor]:
+    """Return the history to go on with: of routers over the same strategies, where a calibration holds some.
+
+    Raises UsageError where they are of others, or have no history.
+    """
+    from pikv_core.cache import calibration
+    from pikv_core.scheduling import strategy_history
+
+    folders = [folder for folder in settings.calibration if policy.name in calibration.read(folder).members]
+    if not policy.cache_aware or not folders:
+        return {}
+    asked = Component(policy.name, {"strategies": policy.strategies})
+    tensors = calibration.fitted(folders, "policy", asked, config)[1]
+    names = (strategy_history.COST, strategy_history.COUNT)
+    if any(name not in tensors for name in names):
+        raise UsageError(
+            f"{folders[0]}: its routers were trained without cache_aware and have no history",
+            hint="leave it out of policy_router.calibration",
+        )
+    return {name: tensors[name] for name in names}
 
 
 def _learnt(policy: MoERouter, settings: PolicyRouterSettings, config: Any) -> dict[str, torch.Tensor]:

@@ -69,7 +69,7 @@ def observe(
 
 def of_strategies(table: Table, kept: list[int]) -> dict[str, torch.Tensor]:
     """Return the cells of some strategies alone."""
-    return {name: table[name][..., kept] for name in (COST, COUNT)}
+    return {name: x[..., kept] for name, x in table.items()}
 
 
 def _cells(log_seen: torch.Tensor, rates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,7 @@ from pikv_core.data.recall import RecallSource
 from pikv_core.errors import PiKVError
 from pikv_core.evaluation.samples import fingerprint
 from pikv_core.model.steps import feed
-from pikv_core.scheduling.moe_router import GIVEN, MoERouter, features
+from pikv_core.scheduling.moe_router import GIVEN, MoERouter
 from pikv_core.schema import PolicyRouterSettings
 from pikv_core.training.held_tokens import held_tokens
 from pikv_core.training.interrupt import Interrupt
@@ -32,10 +32,10 @@ AT_A_TIME = 2  # prompts; those drawn together have as many needles
 
 @dataclass(frozen=True)
 class Lessons:
-    """features [L,N,F]; cost [L,N,E] in nats; agree [L,N,E]: the share of tokens whose greedy choice stays.
+    """features [L,N,F], of `MoERouter.look`; cost [L,N,E] in nats; agree [L,N,E].
 
-    A cost is of one layer under one strategy, the other layers keeping what somebody chose. single [N,E]: the costs of
-    each strategy in all layers.
+    agree: the share of tokens whose greedy choice stays. A cost is of one layer under one strategy, the other layers
+    keeping what somebody chose. single [N,E]: the costs of each strategy in all layers.
     """
 
     features: Tensor
@@ -94,7 +94,8 @@ def draw(
 class Held:
     """Prompts whose contexts a cache under `moe-router` holds whole, so that what a choice would lose can be measured.
 
-    recipe: of the cache, with its budget. features [L,B,F]; full [B,T,V]: the full cache's log-probabilities.
+    recipe: of the cache, with its budget. features [L,B,F], of `MoERouter.look`; full [B,T,V]: the full cache's
+    log-probabilities.
     """
 
     @torch.no_grad()
@@ -108,7 +109,9 @@ class Held:
         assert isinstance(policy, MoERouter)
         self.policy = policy
         capacity = max(1, int(recipe["budget"] * prompts.num_context))
-        self.features = torch.stack([features(held_tokens(layer, capacity)).cpu() for layer in self.cache.own_layers])
+        self.features = torch.stack(
+            [policy.look(held_tokens(layer, capacity)).cpu() for layer in self.cache.own_layers]
+        )
         self.full = log_probs(model, self.cache.fork(), later)
 
     @property

@@ -32,10 +32,10 @@ AT_A_TIME = 2  # prompts; those drawn together have as many needles
 
 @dataclass(frozen=True)
 class Lessons:
-    """features [L,N,F], of `MoERouter.look`; cost [L,N,E] in nats; agree [L,N,E].
+    """features [L,N,F]; cost [L,N,E] in nats; agree [L,N,E]: the share of tokens whose greedy choice stays.
 
-    agree: the share of tokens whose greedy choice stays. A cost is of one layer under one strategy, the other layers
-    keeping what somebody chose. single [N,E]: the costs of each strategy in all layers.
+    A cost is of one layer under one strategy, the other layers keeping what somebody chose. single [N,E]: the costs of
+    each strategy in all layers.
     """
 
     features: Tensor
@@ -94,8 +94,7 @@ def draw(
 class Held:
     """Prompts whose contexts a cache under `moe-router` holds whole, so that what a choice would lose can be measured.
 
-    recipe: of the cache, with its budget. features [L,B,F], of `MoERouter.look`; full [B,T,V]: the full cache's
-    log-probabilities.
+    recipe: of the cache, with its budget. features [L,B,F]; full [B,T,V]: the full cache's log-probabilities.
     """
 
     @torch.no_grad()

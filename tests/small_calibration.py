@@ -6,6 +6,7 @@ from pikv_core.cache import calibration
 from pikv_core.components import Component, build
 from pikv_core.compression import CODECS
 from pikv_core.evaluation.samples import collect
+from pikv_core.scheduling import strategy_history
 from pikv_core.scheduling.learned_scorer import NUM_EXTRA
 from pikv_core.scheduling.moe_router import num_features
 
@@ -25,10 +26,12 @@ def networks(num_layers, num_heads, head_dim, width=4):
     return {name: torch.randn(*shape, *own, generator=generator) for name, own in shapes.items()}
 
 
-def routers(num_layers, head_dim, num_strategies=6):
-    """Return random routers over the default strategies."""
-    generator, F = torch.Generator().manual_seed(14), num_features(head_dim)
+def routers(num_layers, head_dim, num_strategies=6, cache_aware=False):
+    """Return random routers over the default strategies; where they are aware of the cache, with a random history."""
+    generator, F = torch.Generator().manual_seed(14), num_features(head_dim) + cache_aware * 2 * num_strategies
     shapes = {"feature_mean": (F,), "feature_scale": (F,), "router/weight": (num_strategies, F)}
+    if cache_aware:
+        shapes |= {name: tuple(x.shape[1:]) for name, x in strategy_history.empty(1, num_strategies).items()}
     return {name: torch.randn(num_layers, *own, generator=generator) for name, own in shapes.items()}
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pikv_core.components import Component, build
@@ -19,6 +19,7 @@ from pikv_core.schema import PolicyRouterSettings, TrainRecipe
 if TYPE_CHECKING:
     import torch
 
+    from pikv_core.model.loading import LoadedModel
     from pikv_core.scheduling.moe_router import MoERouter
 
 CALIBRATION, CHOICES = "calibration", "choices.png"
@@ -62,10 +63,9 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
     policy = _policy(settings)
 
     from pikv_core.cache import calibration
-    from pikv_core.cache.calibration import layer_shapes
     from pikv_core.model.loading import load_model
-    from pikv_core.scheduling.moe_router import num_features
-    from pikv_core.training import policy_router, router_lessons
+    from pikv_core.scheduling import strategy_history
+    from pikv_core.training import policy_router, router_lessons, useful_strategies
     from pikv_core.training.needles import open_needles
     from pikv_core.training.strategy_picture import HEIGHT, WIDTH, draw_choices
 
@@ -73,26 +73,27 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
     model = loaded.model
     loaded.check_length(settings.length, run.reporter)
     calibration.check_model(settings.calibration, model)
-    learnt = _learnt(policy, settings, model.config)
+    history = _history(policy, settings, model.config)
     needles, corpus = open_needles(loaded, settings.text, settings.column, recipe.seed, run.reporter)
-    width = num_features(layer_shapes(model.config)[0].head_dim)
-    start = policy_router.untrained(model, policy, learnt, recipe.seed, width)
-    options = {"strategies": list(policy.strategies), "router": policy.router, "mode": policy.mode}
     kinds = " and ".join(router_lessons.domains(needles))
     run.reporter.status(f"{loaded.backend}; {settings.samples} prompts of {kinds}: {corpus}")
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:  # a cache takes what was fitted from a folder alone
-        folder = str(Path(temporary) / CALIBRATION)
-        member = calibration.Member("moe-router", "policy", options, start)
-        nothing = calibration.Corpus(source="", sha256="", num_tokens=0)
-        calibration.save(folder, loaded.source, model, nothing, [member])
-        cache: dict[str, Any] = {"policy": {"name": "moe-router", **options}, "calibration": [folder]}
+        start, cache = _start(recipe, loaded, policy, history, f"{temporary}/all")
         prompts = partial(router_lessons.held_prompts, model, cache, needles, settings)
         validation = partial(prompts, settings.validation_samples, policy_router.VALIDATION_SEED, "train")
         best = policy_router.best_single(validation())
         others = router_lessons.always(best)
-        for _ in range(settings.rounds):
+        for number in range(settings.rounds):
             lessons = router_lessons.gather(prompts(settings.samples, recipe.seed, "train"), others)
+            if number == 0 and settings.num_strategies is not None:
+                kept = useful_strategies.most_useful(lessons.cost, settings.num_strategies, best)
+                lessons, policy = useful_strategies.of_strategies(lessons, policy, kept)
+                run.reporter.status(f"kept {', '.join(policy.strategies)}")
+                best, history = kept.index(best), strategy_history.of_strategies(history, kept)
+                start, cache = _start(recipe, loaded, policy, history, f"{temporary}/kept")
+                prompts = partial(router_lessons.held_prompts, model, cache, needles, settings)
+                validation = partial(prompts, settings.validation_samples, policy_router.VALIDATION_SEED, "train")
             learnt_by = (lessons, policy, start, settings, run, best)
             by_aversion = {aversion: policy_router.learn(*learnt_by, aversion) for aversion in settings.aversions}
             fitted, aversion, margin = policy_router.hedge(validation(), policy, by_aversion, best)
@@ -113,7 +114,7 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
         loaded.source,
         model,
         calibration.Corpus(source=corpus, sha256=lessons.sha256, num_tokens=lessons.num_tokens),
-        [calibration.Member("moe-router", "policy", options, fitted, notes)],
+        [calibration.Member("moe-router", "policy", _options(policy), fitted, notes)],
     )
     run.telemetry.metrics(settings.steps, {f"test/{name}": value for name, value in metrics.items()})
     result = PolicyRouterResult(
@@ -136,10 +137,63 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
 
 def _policy(settings: PolicyRouterSettings) -> MoERouter:
     """Return the policy whose routers are trained; raises UsageError for strategies that it cannot have."""
-    strategies = {} if settings.strategies is None else {"strategies": tuple(settings.strategies)}
-    given = {"router": settings.router, "mode": settings.mode}
-    policy: MoERouter = build(POLICIES, Component("moe-router", {**strategies, **given}))
+    options = {name: getattr(settings, name) for name in ("router", "mode", "cache_aware")}
+    if settings.strategies is not None:
+        options["strategies"] = tuple(settings.strategies)
+    policy: MoERouter = build(POLICIES, Component("moe-router", options))
+    num, of = settings.num_strategies, len(policy.strategies)
+    if isinstance(num, int) and num > of:
+        raise UsageError(
+            f"policy_router.num_strategies: {num} cannot be kept of the {of} strategies {', '.join(policy.strategies)}",
+            hint=f"2 to {of}, or auto",
+        )
     return policy
+
+
+def _options(policy: MoERouter) -> dict[str, Any]:
+    """Return what the routers depend on."""
+    own = {name: getattr(policy, name) for name in ("router", "mode", "cache_aware")}
+    return {"strategies": list(policy.strategies), **own}
+
+
+def _start(
+    recipe: TrainRecipe, loaded: LoadedModel, policy: MoERouter, history: Mapping[str, torch.Tensor], folder: str
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return untrained routers, and a cache's recipe that goes by them, saved in a folder."""
+    from pikv_core.cache import calibration
+    from pikv_core.training.policy_router import untrained
+
+    assert recipe.policy_router is not None
+    model = loaded.model
+    learnt = _learnt(policy, recipe.policy_router, model.config)
+    width = policy.width(calibration.layer_shapes(model.config)[0].head_dim)
+    start = untrained(model, policy, {**learnt, **history}, recipe.seed, width)
+    member = calibration.Member("moe-router", "policy", _options(policy), start)
+    nothing = calibration.Corpus(source="", sha256="", num_tokens=0)
+    calibration.save(folder, loaded.source, model, nothing, [member])
+    return start, {"policy": {"name": "moe-router", **_options(policy)}, "calibration": [folder]}
+
+
+def _history(policy: MoERouter, settings: PolicyRouterSettings, config: Any) -> dict[str, torch.Tensor]:
+    """Return the history to go on with: of routers over the same strategies, where a calibration holds some.
+
+    Raises UsageError where they are of others, or have no history.
+    """
+    from pikv_core.cache import calibration
+    from pikv_core.scheduling import strategy_history
+
+    folders = [folder for folder in settings.calibration if policy.name in calibration.read(folder).members]
+    if not policy.cache_aware or not folders:
+        return {}
+    asked = Component(policy.name, {"strategies": policy.strategies})
+    tensors = calibration.fitted(folders, "policy", asked, config)[1]
+    names = (strategy_history.COST, strategy_history.COUNT)
+    if any(name not in tensors for name in names):
+        raise UsageError(
+            f"{folders[0]}: its routers were trained without cache_aware and have no history",
+            hint="leave it out of policy_router.calibration",
+        )
+    return {name: tensors[name] for name in names}
 
 
 def _learnt(policy: MoERouter, settings: PolicyRouterSettings, config: Any) -> dict[str, torch.Tensor]:

@@ -1,12 +1,14 @@
 """A router over strategies: for each layer and prompt a learnt mixture of other policies decides what stays.
 
-Shapes: B batch, L layers, G key/value heads, S stored tokens, D head dim, E strategies, K of them chosen, F features.
+Shapes: B batch, L layers, G key/value heads, S stored tokens, D head dim, E strategies, K of them chosen, F features,
+N prompts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -15,8 +17,9 @@ from pydantic import Field
 from pikv_core.components import Component, build
 from pikv_core.errors import PiKVError, UsageError
 from pikv_core.observation import WHOLE, LayerRun, Rows
-from pikv_core.scheduling import POLICIES
+from pikv_core.scheduling import POLICIES, strategy_history
 from pikv_core.scheduling.base import Evictor, Tokens
+from pikv_core.scheduling.hit_rates import hit_rates
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +34,7 @@ ODD = 16  # keys of a head that are looked at because they are least like the ot
 TINY = 1e-6  # keeps quotients and logarithms finite
 
 Columns = Mapping[str, "torch.Tensor"]
+Scores = Callable[[str], "torch.Tensor"]  # a strategy's [B,G,S], by its name
 
 
 @POLICIES.register("moe-router")
@@ -42,7 +46,9 @@ class MoERouter(Evictor):
     at the mean key and the oddest ones, the longest value, how even attention is, the length and the budget. With
     `top_k` above 1 the ranks that the strategies give the tokens are mixed by the router's weights. What the routers
     and the strategies have learnt is in `LayerRun.fitted`. `LayerRun.own` tells the weights [B,E] that were taken, and
-    may give others beforehand.
+    may give others beforehand. `cache_aware` routers also look at each strategy's hit rate, the share of the newest
+    queries' attention on what it would keep, and at what such a strategy cost before (`strategy_history`); every
+    strategy scores the tokens for that.
 
     mode: under "budget" every strategy has the whole budget, in every layer. Under "native" the layers share one
     budget, in proportion to the share of the tokens that the strategy chosen in each stands for (`native_share`), the
@@ -58,6 +64,7 @@ class MoERouter(Evictor):
     router: Literal["base", "pikv"] = "base"
     top_k: Annotated[int, Field(ge=1)] = 1
     mode: Literal["budget", "native"] = "budget"
+    cache_aware: bool = False
     members: ClassVar[dict[str, Evictor]]
 
     def __post_init__(self) -> None:
@@ -96,13 +103,14 @@ class MoERouter(Evictor):
     def score(self, tokens: Tokens) -> torch.Tensor:
         import torch
 
-        weights = self._asked_with(tokens.layer) if self.asks else self.choose(tokens)
+        score_of = self._scores(tokens)
+        weights = self._asked_with(tokens.layer) if self.asks else self.choose(tokens, score_of)
         tokens.layer.own[WEIGHTS] = weights
         own = weights[tokens.row.to(weights.device)]
         mixed = torch.zeros(tokens.position.shape, device=tokens.position.device)
         for name, weight in zip(self.strategies, own.unbind(dim=-1)):
             if bool(weight.any()):
-                mixed += weight[:, None, None] * ranks(self.member_score(name, tokens), tokens.position)
+                mixed += weight[:, None, None] * ranks(score_of(name), tokens.position)
         return mixed
 
     @property
@@ -134,13 +142,16 @@ class MoERouter(Evictor):
         chosen: torch.Tensor = weights
         return chosen
 
-    def choose(self, tokens: Tokens) -> torch.Tensor:
-        """Return the weights [B,E] of the strategies, which sum to 1; those given beforehand come first."""
+    def choose(self, tokens: Tokens, score_of: Scores | None = None) -> torch.Tensor:
+        """Return the weights [B,E] of the strategies, which sum to 1; those given beforehand come first.
+
+        score_of: what the strategies make of the tokens, where somebody knows.
+        """
         import torch
 
         if GIVEN in tokens.layer.own:
             return tokens.layer.own[GIVEN]
-        x, fitted, layer = features(tokens), tokens.layer.fitted, tokens.layer
+        x, fitted, layer = self.look(tokens, score_of), tokens.layer.fitted, tokens.layer
         expected = (layer.num_layers, x.shape[-1])
         if tuple(fitted["feature_mean"].shape) != expected:
             raise PiKVError(
@@ -148,10 +159,48 @@ class MoERouter(Evictor):
                 f"the model has {expected}",
                 hint="give the calibration that was made for this model",
             )
+        x = self.with_history(x, fitted, layer.index)
         mean, scale = (fitted[name][layer.index].to(x.device) for name in ("feature_mean", "feature_scale"))
         with torch.no_grad():
             routing = self.router_of(fitted, layer.index, x.device).route(normalised(x, mean, scale), None)
         return torch.zeros(len(x), len(self.strategies), device=x.device).scatter(1, routing.experts, routing.weights)
+
+    def look(self, tokens: Tokens, score_of: Scores | None = None) -> torch.Tensor:
+        """Return what the router is told of the tokens, float32 [B,F], all but what `with_history` fills in."""
+        import torch
+
+        x = features(tokens)
+        if not self.cache_aware:
+            return x
+        scores = map(score_of or self._scores(tokens), self.strategies)
+        of_heads = hit_rates(tokens.columns[MASS], scores, tokens.position, tokens.capacity)
+        rates = tokens.layer.gather_heads(of_heads).mean(dim=1)
+        return torch.cat([x[:, :-1], rates, torch.zeros_like(rates), x[:, -1:]], dim=-1)
+
+    def with_history(self, x: torch.Tensor, fitted: Mapping[str, torch.Tensor], layer: int) -> torch.Tensor:
+        """Return features [N,F] of a layer with what the table in `fitted` says of each strategy there."""
+        if not self.cache_aware:
+            return x
+        return self.told(x, strategy_history.read(fitted[strategy_history.COST][layer], *self.measured(x)))
+
+    def told(self, x: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
+        """Return features [...,F] of a `cache_aware` router with `history` [...,E] filled in."""
+        import torch
+
+        return torch.cat([x[..., : -1 - len(self.strategies)], history, x[..., -1:]], dim=-1)
+
+    def measured(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logarithm of a prompt's tokens [...] and the hit rates [...,E] among features [...,F]."""
+        E = len(self.strategies)
+        return x[..., -2 * E - 3], x[..., -2 * E - 1 : -E - 1]
+
+    def width(self, head_dim: int) -> int:
+        """Return F of a layer with heads of so many channels."""
+        return num_features(head_dim) + (2 * len(self.strategies) if self.cache_aware else 0)
+
+    def _scores(self, tokens: Tokens) -> Scores:
+        """Return what tells a strategy's score of the tokens by its name, and takes it once."""
+        return functools.cache(lambda name: self.member_score(name, tokens))
 
     def router_of(self, fitted: Mapping[str, torch.Tensor], layer: int, device: Any) -> Router:
         """Return a layer's router as it was learnt."""
@@ -207,7 +256,7 @@ def features(tokens: Tokens) -> torch.Tensor:
 
 
 def num_features(head_dim: int) -> int:
-    """Return F of a layer with heads of so many channels."""
+    """Return how many `features` there are with heads of so many channels."""
     return 2 * head_dim + 11
 
 

@@ -200,10 +200,12 @@ class PolicyRouterSettings(Section):
     """How the routers of the policy `moe-router` are trained beside a frozen model; lengths in tokens."""
 
     strategies: Annotated[list[str], Field(min_length=2)] | None = None  # policies; by default moe-router's own
+    num_strategies: Annotated[int, Field(ge=2)] | Literal["auto"] | None = None  # of them kept; auto: those that help
     router: Literal["base", "pikv"] = "base"
     mode: Literal["budget", "native"] = "budget"  # native: layers share a budget by the strategies' own shares
     mu: Annotated[float, Field(ge=0)] = 0.1  # nats that a layer kept whole is worth to the others; of mode native
-    calibration: list[str] = []  # folders that hold what calibrated strategies need
+    cache_aware: bool = False  # whether routers look at hit rates and at the history of costs
+    calibration: list[str] = []  # folders of what calibrated strategies need, and of routers whose history goes on
     length: Annotated[int, Field(ge=16)] = 1024  # of a prompt and what follows it
     context: Annotated[float, Field(gt=0, lt=1)] = 0.9  # share of it that is compressed; what follows measures the loss
     budgets: Annotated[list[Share], Field(min_length=1)] = [0.5, 0.35, 0.2]  # shares of the context

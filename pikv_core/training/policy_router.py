@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from pikv_core.errors import PiKVError
 from pikv_core.runs import Run
+from pikv_core.scheduling import strategy_history
 from pikv_core.scheduling.moe_router import ROUTER, MoERouter, new_router, normalised
 from pikv_core.schema import PolicyRouterSettings
 from pikv_core.training.router_lessons import Choose, Held, Lessons, always, at_random
@@ -37,7 +38,10 @@ VALIDATION_SEED, EVALUATION_SEED = 20_262, 20_263
 def untrained(
     model: Any, policy: MoERouter, strategies: Mapping[str, Tensor], seed: int, width: int
 ) -> dict[str, Tensor]:
-    """Return routers as they start, for features of `width`, beside what the strategies have learnt."""
+    """Return routers as they start, for features of `width`, beside what the strategies have learnt.
+
+    Those that are `cache_aware` start with an empty history, where there is none beside it.
+    """
     torch.manual_seed(seed)
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     states = [
@@ -45,7 +49,8 @@ def untrained(
     ]
     routers = {f"{ROUTER}{name}": torch.stack([state[name] for state in states]) for name in states[0]}
     plain = {"feature_mean": torch.zeros(num_layers, width), "feature_scale": torch.ones(num_layers, width)}
-    return {**routers, **plain, **strategies}
+    history = strategy_history.empty(num_layers, len(policy.strategies)) if policy.cache_aware else {}
+    return {**routers, **plain, **history, **strategies}
 
 
 def learn(
@@ -62,12 +67,12 @@ def learn(
     best: the single strategy to improve on. aversion: how much a loss counts of what an equal gain does.
     """
     torch.manual_seed(run.recipe.seed)
-    mean, spread = lessons.features.mean(dim=1), lessons.features.std(dim=1)
-    scale = 1 / spread.clamp(min=LEAST_SPREAD) * lessons.features.shape[-1] ** -0.5
+    features, history = in_turn(lessons, policy, start)
+    mean, spread = features.mean(dim=1), features.std(dim=1)
+    scale = 1 / spread.clamp(min=LEAST_SPREAD) * features.shape[-1] ** -0.5
     scale = scale.masked_fill(spread < LEAST_SPREAD, 0.0)  # what never changes tells nothing
     paid = lessons.cost
     if policy.asks:
-        assert lessons.kept is not None
         paid = paid + settings.mu * lessons.kept
     usual = paid[..., best, None]
     lost = paid - usual
@@ -80,7 +85,7 @@ def learn(
         lr=settings.lr,
         weight_decay=settings.weight_decay,
     )
-    x = normalised(lessons.features, mean[:, None], scale[:, None])
+    x = normalised(features, mean[:, None], scale[:, None])
     for layer, router in enumerate(routers):
         observe = getattr(router, "observe_hits", None)
         if observe is not None:  # the tokens behind the context that a strategy got right
@@ -108,7 +113,19 @@ def learn(
             run.telemetry.metrics(step, {f"{tag}/aversion_{aversion:g}": value for tag, value in told.items()})
     states = [router.state_dict() for router in routers]
     trained = {f"{ROUTER}{name}": torch.stack([state[name] for state in states]) for name in states[0]}
-    return {**start, **trained, "feature_mean": mean, "feature_scale": scale}
+    return {**start, **trained, **history, "feature_mean": mean, "feature_scale": scale}
+
+
+def in_turn(lessons: Lessons, policy: MoERouter, start: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return features [L,N,F] with what the history said before each lesson, and the history after all of them.
+
+    So no lesson reads what it has taught itself.
+    """
+    if not policy.cache_aware:
+        return lessons.features, {}
+    cost = strategy_history.relative(lessons.cost, LEAST_COST)
+    before, history = strategy_history.observe(start, *policy.measured(lessons.features), cost)
+    return policy.told(lessons.features, before), history
 
 
 def choice(policy: MoERouter, fitted: Mapping[str, Tensor]) -> Choose:
@@ -117,7 +134,8 @@ def choice(policy: MoERouter, fitted: Mapping[str, Tensor]) -> Choose:
 
     @torch.no_grad()
     def choose(held: Held) -> Tensor:
-        x = normalised(held.features, fitted["feature_mean"][:, None], fitted["feature_scale"][:, None])
+        features = torch.stack([policy.with_history(x, fitted, layer) for layer, x in enumerate(held.features)])
+        x = normalised(features, fitted["feature_mean"][:, None], fitted["feature_scale"][:, None])
         routings = [router.route(own, None) for router, own in zip(routers, x)]
         experts, weights = (torch.stack([getattr(own, name) for own in routings]) for name in ("experts", "weights"))
         return torch.zeros(held.shape).scatter(-1, experts, weights)

@@ -23,7 +23,7 @@ from pikv_core.errors import PiKVError
 from pikv_core.evaluation.samples import fingerprint
 from pikv_core.model.steps import feed
 from pikv_core.scheduling.allocation.asked import ASKED
-from pikv_core.scheduling.moe_router import GIVEN, MoERouter, features
+from pikv_core.scheduling.moe_router import GIVEN, MoERouter
 from pikv_core.schema import PolicyRouterSettings
 from pikv_core.training.held_tokens import held_tokens
 from pikv_core.training.interrupt import Interrupt
@@ -43,9 +43,9 @@ class Lessons:
     features: Tensor
     cost: Tensor
     agree: Tensor
+    kept: Tensor
     sha256: str
     num_tokens: int
-    kept: Tensor | None = None
 
 
 class Prompts(NamedTuple):
@@ -107,7 +107,9 @@ class Held:
         assert isinstance(policy, MoERouter)
         self.policy = policy
         capacity = max(1, int(recipe["budget"] * prompts.num_context))
-        self.features = torch.stack([features(held_tokens(layer, capacity)).cpu() for layer in self.cache.own_layers])
+        self.features = torch.stack(
+            [policy.look(held_tokens(layer, capacity)).cpu() for layer in self.cache.own_layers]
+        )
         self.kept = self._kept(capacity / prompts.num_context)
         self.full = log_probs(model, self.cache.fork(), later)
 
@@ -239,7 +241,7 @@ def gather(prompts: Iterable[Held], others: Choose | None) -> Lessons:
         raise PiKVError("the model's numbers are not finite", hint="train in --dtype float32")
     ids = [own.flatten() for own in read]
     num_tokens = sum(map(len, ids))
-    return Lessons(x, cost, agree, fingerprint(torch.cat(ids)), num_tokens, torch.cat(kept).float())
+    return Lessons(x, cost, agree, torch.cat(kept).float(), fingerprint(torch.cat(ids)), num_tokens)
 
 
 def always(strategy: int) -> Choose:

@@ -60,7 +60,7 @@ def planted(best, seed):
     cost = torch.rand(L, N, E, generator=generator) * 0.2 + 0.9
     for layer in range(L):
         cost[layer].scatter_(1, best(layer, x[layer])[:, None], 0.1)
-    return router_lessons.Lessons(x, cost, 1 - cost.clamp(max=1), "0" * 64, N)
+    return router_lessons.Lessons(x, cost, 1 - cost.clamp(max=1), torch.full((N, E), 0.4), "0" * 64, N)
 
 
 class Planted:

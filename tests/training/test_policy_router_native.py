@@ -129,7 +129,7 @@ def planted(prompts):
     kept = prompts.kept.float().expand(prompts.shape[1:])
     loses = torch.tensor([1.0, 0.01])[:, None, None]
     cost = loses * (1 - kept) * torch.tensor([1, 1, 1, 1.5, 1.5, 1.5])  # strategies by ends are better
-    return router_lessons.Lessons(prompts.features, cost, 1 - cost.clamp(max=1), "0" * 64, 1, kept)
+    return router_lessons.Lessons(prompts.features, cost, 1 - cost.clamp(max=1), kept, "0" * 64, 1)
 
 
 @pytest.mark.parametrize("router", ["base", "pikv"])

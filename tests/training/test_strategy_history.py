@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import transformers
+from small_calibration import routers, write
 from small_models import SMALL
 
 from pikv_core.cache import PiKVCache, calibration
@@ -23,7 +24,7 @@ from pikv_core.scheduling.moe_router import ROUTER, WEIGHTS, MoERouter
 from pikv_core.scheduling.strategy_history import COST, COUNT, DECAY, NUM_LENGTHS, RATE_EDGES
 from pikv_core.schema import PolicyRouterSettings
 from pikv_core.training import policy_router
-from pikv_core.training.router_lessons import Lessons
+from pikv_core.training.router_lessons import Held, Lessons, Prompts
 from pikv_core.training.useful_strategies import LEAST_GAIN, most_useful, of_strategies
 
 L, E, HEAD_DIM = 2, 6, 8
@@ -284,14 +285,35 @@ def test_a_history_is_saved_with_the_routers_and_goes_on(trained):
         feed(model, cache, torch.arange(1, 41)[None] % model.config.vocab_size)
     assert cache.num_stored == [10] * len(cache.own_layers)
     assert all(layer.run.own[WEIGHTS].shape == (1, 3) for layer in cache.own_layers)
+    some = train("some", *names, "num_strategies=2", f"calibration=[{first.calibration}]")
+    _, fewer = calibration.fitted([some.calibration], "policy", Component("moe-router"), model.config)
+    assert fewer[COUNT].shape[-1] == 2 and bool((fewer[COUNT].sum(dim=(1, 2)) > 7.5).all())
     with pytest.raises(UsageError, match="fitted with strategies") as caught:
         train("third", "strategies=[snapkv, temporal]", "cache_aware=true", f"calibration=[{first.calibration}]")
     assert caught.value.hint
 
 
+def test_lessons_see_what_a_cache_of_the_same_prompt_is_told(trained, tmp_path):
+    model, _ = trained
+    fitted = routers(len(model.model.layers), model.config.head_dim, cache_aware=True)
+    fitted["router/weight"] *= 0.05  # so that no strategy is sure
+    options = {"cache_aware": True}
+    saved = write(model, tmp_path / "c", [calibration.Member("moe-router", "policy", options, fitted)])
+    recipe = {"policy": {"name": "moe-router", "top_k": 3}, "calibration": [saved], "budget": 0.4}
+    ids = torch.randint(1, model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(1))
+    held = Held(model, recipe, Prompts(ids, 50, torch.zeros_like(ids, dtype=torch.bool)))
+    assert bool((held.policy.measured(held.features)[1] < 1).all())
+    cache = PiKVCache.for_model(model, recipe)
+    with torch.no_grad():
+        feed(model, cache, ids[:, :50])
+    expected = policy_router.choice(held.policy, fitted)(held)
+    torch.testing.assert_close(torch.stack([layer.run.own[WEIGHTS] for layer in cache.own_layers]), expected)
+    assert bool((expected.amax(dim=-1) < 0.9).all())  # so that the weights tell features apart
+
+
 def test_no_more_strategies_are_saved_than_are_kept(trained):
     model, train = trained
-    result = train("some", "num_strategies=3", "cache_aware=true", "rounds=2")
+    result = train("three", "num_strategies=3", "cache_aware=true", "rounds=2")
     assert len(result.strategies) == 3 and all(len(shares) == 3 for shares in result.usage)
     component, saved = calibration.fitted([result.calibration], "policy", Component("moe-router"), model.config)
     assert component.options["strategies"] == result.strategies

@@ -31,14 +31,17 @@ def test_the_table_is_true():
 
 
 def routers_of_the_guide(config):
-    """Return what its command would train: routers of the kind pikv over its four strategies, here random ones."""
-    command = re.search(r"policy_router.router=(\w+).*strategies='\[(.*)\]'", GUIDE)
-    kind, strategies = command[1], command[2].split(", ")
+    """Return what its command would train: aware routers of kind pikv over its four strategies, here random ones."""
+    command = GUIDE.partition("pikv train --recipe recipes/train/policy-router.yaml")[2].partition("```")[0]
+    settings = dict(re.findall(r"policy_router\.(\w+)='?\[?([^]\s]\w*(?:, \w+)*)", command))
+    assert settings["cache_aware"] == "true"
+    kind, strategies = settings["router"], settings["strategies"].split(", ")
     num_layers, num_strategies = config.num_hidden_layers, len(strategies)
-    tensors = routers(num_layers, config.head_dim, num_strategies)
+    tensors = routers(num_layers, config.head_dim, num_strategies, cache_aware=True)
     for name in ("hits", "accesses", "latency_sum_s", "latency_count"):
         tensors[f"router/{name}"] = torch.zeros(num_layers, num_strategies)
-    return Member("moe-router", "policy", {"strategies": strategies, "router": kind}, tensors)
+    options = {"strategies": strategies, "router": kind, "cache_aware": True}
+    return Member("moe-router", "policy", options, tensors)
 
 
 @pytest.mark.kvpress

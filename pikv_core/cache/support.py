@@ -69,7 +69,7 @@ def check_layers(policy: Policy, allocation: Allocation, budget: Budget, per_lay
     raise UsageError(
         f"policy '{policy.name}' would read everything in each of the model's {len(per_layer)} layers: it leaves out "
         f"the first {policy.dense_layers} and those with a sliding window",
-        hint="lower its dense_layers, or choose a policy that drops tokens",
+        hint=f"{'lower its dense_layers, or ' * (policy.dense_layers > 0)}choose a policy that drops tokens",
     )
 
 

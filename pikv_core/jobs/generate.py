@@ -78,6 +78,8 @@ def run(recipe: GenerateRecipe, run: Run) -> GenerateResult | None:
     hint = "with --save-state it could go on" if state is None else f"go on with `pikv generate --resume {state}`"
     joined = Ranks.of_torchrun(recipe.split, device, f"{hint}, on any number of ranks")
     with joined as ranks, attending_by(recipe.backend, device), ExitStack() as closing:
+        if recipe.split is not None and ranks.wire.count == 1:
+            run.reporter.status(f"one process: nothing is split by {recipe.split}; torchrun starts more")
         return _generate(recipe, run, ranks.tell(prompts), ranks, closing)
 
 

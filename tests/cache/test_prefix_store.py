@@ -242,6 +242,13 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert (tmp_path / "blocks" / "mine").exists()
 
 
+def test_a_folder_of_other_logs_gets_no_blocks(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(PiKVError, match="not empty"):
+        open_store(tmp_path)
+    assert not (tmp_path / "blocks").exists()
+
+
 class Killed(BaseException):
     pass
 

@@ -13,6 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,9 @@ class PrefixStore:
         try:
             self._open(settings, identity, measure)
         except BaseException:
+            if not (self.path / MANIFEST).exists():  # what the folder holds is somebody else's
+                with suppress(OSError):
+                    self._blocks.rmdir()
             os.close(self._lock)
             raise
 

@@ -230,7 +230,7 @@ def held_prompts(
 def of_each(prompts: Iterable[Held], measure: Callable[[Held], T]) -> list[T]:
     """Measure this rank's prompts; return what was found of every rank's, in the order of their places.
 
-    Every rank has to ask. Raises PiKVError where one is interrupted; the others then end with it.
+    Every rank has to ask. Where one is interrupted all end, rank 0 with a PiKVError.
     """
     found: list[tuple[tuple[int, int], T]] = []
     with Interrupt() as interrupt:

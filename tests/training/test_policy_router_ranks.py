@@ -183,6 +183,33 @@ def test_a_number_that_is_not_finite_is_told_by_rank_0_alone(monkeypatch, opened
             on_ranks(monkeypatch, 2, lambda: router_lessons.gather(broken(), None), told_on=rank)
 
 
+def test_what_rank_0_comes_to_is_everyones_and_so_is_its_error(monkeypatch):
+    told = []
+
+    def work(fails):
+        assert collectives.num_ranks() == 1  # no sum asks the ranks that wait
+        if fails:
+            raise PiKVError("the loss is nan at step 3", hint="lower policy_router.lr")
+        return {1.0: torch.arange(3)}
+
+    def broadcast(values):
+        if collectives.rank() == 0:
+            told.append(pickle.dumps(values))
+        values[:] = pickle.loads(told[-1])
+
+    monkeypatch.setattr(collectives, "num_started", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    for rank, error in ((0, None), (1, None), (0, PiKVError), (1, SystemExit)):
+        monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
+        if error is None:
+            assert torch.equal(collectives.of_first(lambda: work(False))[1.0], torch.arange(3))
+            continue
+        with pytest.raises(error) as caught:
+            collectives.of_first(lambda: work(True))
+        assert caught.value.code == 1 if rank else caught.value.hint == "lower policy_router.lr"
+    assert collectives.num_ranks() == 2 and len(told) == 2
+
+
 def words(folder, out, *more):
     given = {"length": 64, "budgets": [0.5, 0.3], "samples": 10, "validation_samples": 6, "eval_samples": 6}
     given |= {"steps": 20, "rounds": 2, "num_strategies": 3, "cache_aware": True, "router": "pikv"}

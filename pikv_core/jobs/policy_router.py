@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pikv_core.components import Component, build
 from pikv_core.errors import UsageError
 from pikv_core.files import replacing
-from pikv_core.runs import Run, find_model, num_processes
+from pikv_core.runs import Run, find_model
 from pikv_core.scheduling import POLICIES
 from pikv_core.schema import PolicyRouterSettings, TrainRecipe
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pikv_core.model.loading import LoadedModel
     from pikv_core.scheduling.moe_router import MoERouter
+    from pikv_core.training.team import Team
 
 CALIBRATION, CHOICES = "calibration", "choices.png"
 
@@ -48,12 +49,13 @@ class PolicyRouterResult:
     tokens_per_s: float
 
 
-def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
-    """Measure what strategies cost, train, measure on held-out prompts, and save."""
+def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult | None:
+    """Measure what strategies cost, train, measure on held-out prompts, and save.
+
+    Under torchrun the ranks share the prompts to measure on; rank 0 alone trains, saves and returns a result.
+    """
     settings = recipe.policy_router
     assert recipe.start is not None and settings is not None
-    if num_processes() > 1:
-        raise UsageError("training a policy's routers is the work of one process", hint="start it without torchrun")
     if run.resumed:
         raise UsageError(
             f"{run.folder}: training a policy's routers has no checkpoints to go on from",
@@ -62,6 +64,16 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
     find_model(recipe.start)
     policy = _policy(settings)
 
+    from pikv_core.model.loading import device_of
+    from pikv_core.training.team import Team
+
+    with Team.of_torchrun(device_of(recipe), expert_ranks=1) as team, team.lost("start again"):
+        return _train(recipe, settings, run, policy, team)
+
+
+def _train(
+    recipe: TrainRecipe, settings: PolicyRouterSettings, run: Run, policy: MoERouter, team: Team
+) -> PolicyRouterResult | None:
     from pikv_core.cache import calibration
     from pikv_core.model.loading import load_model
     from pikv_core.scheduling import strategy_history
@@ -69,6 +81,7 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
     from pikv_core.training.needles import open_needles
     from pikv_core.training.strategy_picture import HEIGHT, WIDTH, draw_choices
 
+    assert recipe.start is not None
     loaded = load_model(recipe.start, recipe)
     model = loaded.model
     loaded.check_length(settings.length, run.reporter)
@@ -94,12 +107,13 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
                 start, cache = _start(recipe, loaded, policy, history, f"{temporary}/kept")
                 prompts = partial(router_lessons.held_prompts, model, cache, needles, settings)
                 validation = partial(prompts, settings.validation_samples, policy_router.VALIDATION_SEED, "train")
-            learnt_by = (lessons, policy, start, settings, run, best)
-            by_aversion = {aversion: policy_router.learn(*learnt_by, aversion) for aversion in settings.aversions}
+            by_aversion = policy_router.learn_each(lessons, policy, start, settings, run, best)
             fitted, aversion, margin = policy_router.hedge(validation(), policy, by_aversion, best)
             others = policy_router.choice(policy, fitted)
         unseen = prompts(settings.eval_samples, policy_router.EVALUATION_SEED, "test")
         metrics, chosen, kinds_of = policy_router.measure(unseen, policy, fitted, start, recipe.seed)
+    if not team.leave():
+        return None
     usage = policy_router.usage(chosen)
     picture = draw_choices(chosen, kinds_of, policy.strategies)
     with replacing(run.folder / CHOICES) as temporary:
@@ -131,7 +145,7 @@ def run(recipe: TrainRecipe, run: Run) -> PolicyRouterResult:
         num_tokens=lessons.num_tokens,
         tokens_per_s=settings.rounds * lessons.num_tokens / seconds,
     )
-    run.finish(result, {"attention": loaded.backend})
+    run.finish(result, {"attention": loaded.backend, "ranks": str(team.count)})
     return result
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from operator import methodcaller
 from typing import Any
 
@@ -20,12 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pikv_core.collectives import of_first
 from pikv_core.errors import PiKVError
 from pikv_core.runs import Run
 from pikv_core.scheduling import strategy_history
 from pikv_core.scheduling.moe_router import ROUTER, MoERouter, new_router, normalised
 from pikv_core.schema import PolicyRouterSettings
-from pikv_core.training.router_lessons import Choose, Held, Lessons, always, at_random
+from pikv_core.training.router_lessons import Choose, Held, Lessons, always, at_random, of_each
 
 MARGINS = (0.0, 1.0, 2.0, 4.0)  # in logits
 ALWAYS = 1e4  # a margin that nothing overcomes
@@ -116,6 +118,22 @@ def learn(
     return {**start, **trained, **history, "feature_mean": mean, "feature_scale": scale}
 
 
+def learn_each(
+    lessons: Lessons,
+    policy: MoERouter,
+    start: Mapping[str, Tensor],
+    settings: PolicyRouterSettings,
+    run: Run,
+    best: int,
+) -> dict[float, dict[str, Tensor]]:
+    """Train routers to each of the degrees of aversion; rank 0 does, and every rank has the same."""
+
+    def train() -> dict[float, dict[str, Tensor]]:
+        return {own: learn(lessons, policy, start, settings, run, best, own) for own in settings.aversions}
+
+    return of_first(train)
+
+
 def in_turn(lessons: Lessons, policy: MoERouter, start: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Return features [L,N,F] with what the history said before each lesson, and the history after all of them.
 
@@ -152,7 +170,7 @@ def leaning(fitted: Mapping[str, Tensor], strategy: int, margin: float) -> dict[
 
 def best_single(prompts: Iterable[Held]) -> int:
     """Return the one strategy that costs least over all."""
-    cost = [held.together([always(strategy) for strategy in range(held.shape[2])]) for held in prompts]
+    cost = of_each(prompts, lambda held: held.together([always(strategy) for strategy in range(held.shape[2])]))
     return int(torch.cat(cost).mean(dim=0).argmin())
 
 
@@ -167,7 +185,7 @@ def hedge(
     """
     leant = {(aversion, margin): leaning(own, best, margin) for aversion, own in learnt.items() for margin in MARGINS}
     choices = [always(best), *(choice(policy, own) for own in leant.values())]
-    cost = torch.cat([held.together(choices) for held in prompts])
+    cost = torch.cat(of_each(prompts, lambda held: held.together(choices)))
     gain = cost[:, :1] - cost[:, 1:]
     sure = gain.mean(dim=0) - gain.std(dim=0) * len(gain) ** -0.5
     if bool(sure.max() <= 0):
@@ -196,18 +214,19 @@ def measure(
         "random": at_random(seed),
         "oracle": methodcaller("oracle"),
     }
-    cost, chosen, kinds = [], [], list[str]()
-    for held in prompts:
-        cost.append(held.together([*named.values(), *others.values()]))
-        chosen.append(routers(held))
-        kinds += [held.kind] * held.shape[1]
+
+    def found_of(held: Held) -> tuple[Tensor, Tensor, list[str]]:
+        cost = held.together([*named.values(), *others.values()])
+        return cost, routers(held), [held.kind] * held.shape[1]
+
+    cost, chosen, kinds = zip(*of_each(prompts, found_of))
     means = torch.cat(cost).mean(dim=0).tolist()
     singles, found = dict(zip(named, means)), dict(zip(others, means[len(named) :]))
     found["best_single"] = min(singles.values())
     gap = found["best_single"] - found["oracle"]
     found["gap_closed"] = (found["best_single"] - found["chosen"]) / max(gap, LEAST_COST)
     metrics = {**found, **{f"single/{name}": value for name, value in singles.items()}}
-    return metrics, torch.cat(chosen, dim=1), kinds
+    return metrics, torch.cat(chosen, dim=1), list(chain.from_iterable(kinds))
 
 
 def usage(weights: Tensor) -> list[list[float]]:

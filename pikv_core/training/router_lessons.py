@@ -1,6 +1,7 @@
 """What cache strategies lose on a frozen model, measured: the lessons of the routers of `moe-router`.
 
 A loss is the KL divergence, in nats, of the tokens behind a context from the full cache's, mean over those tokens.
+Under torchrun each rank measures some of the prompts, and all know what every one of them found.
 Shapes: L layers, N lessons (a prompt under one budget), E strategies, F features, B prompts at a time, T tokens.
 """
 
@@ -8,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from torch.nn import functional
 
 from pikv_core.cache import PiKVCache
 from pikv_core.cache.budget import Budget
+from pikv_core.collectives import apart, dealt, end_all, everyones
 from pikv_core.data import tokens as token_streams
 from pikv_core.data.recall import RecallSource
 from pikv_core.errors import PiKVError
@@ -28,6 +31,8 @@ from pikv_core.schema import PolicyRouterSettings
 from pikv_core.training.held_tokens import held_tokens
 from pikv_core.training.interrupt import Interrupt
 from pikv_core.training.needles import Needles
+
+T = TypeVar("T")
 
 AT_A_TIME = 2  # prompts; those drawn together have as many needles
 
@@ -93,13 +98,15 @@ class Held:
 
     recipe: of the cache, with its budget. features [L,B,F]; full [B,T,V]: the full cache's log-probabilities; kept [E]:
     the share of the context at which a strategy's cost in a layer is measured, in mode native its own. kind: of the
-    prompts and their budget, for whoever tells of them.
+    prompts and their budget, for whoever tells of them. place: their turn, and which of the budgets it is.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Any, recipe: dict[str, Any], prompts: Prompts, kind: str = ""):
+    def __init__(
+        self, model: Any, recipe: dict[str, Any], prompts: Prompts, kind: str = "", place: tuple[int, int] = (0, 0)
+    ):
         context, later = (x.to(model.device) for x in prompts.ids.split_with_sizes(prompts.lengths, dim=1))
-        self._model, self.later, self.prompts, self.kind = model, later, prompts, kind
+        self._model, self.later, self.prompts, self.kind, self.place = model, later, prompts, kind, place
         self.cache = PiKVCache.for_model(model, recipe)
         self.cache.hold()
         feed(model, self.cache, context)
@@ -207,20 +214,35 @@ def held_prompts(
     seed: int,
     split: str,
 ) -> Iterator[Held]:
-    """Yield `num` prompts, a few at a time under each budget, domains in turn; raise PiKVError when interrupted.
+    """Yield this rank's turns of `num` prompts: a few at a time under each budget, domains in turn.
 
-    recipe: of a cache under `moe-router`, without its budget.
+    recipe: of a cache under `moe-router`, without its budget. A turn depends on the seed and its number alone.
     """
     kinds = domains(needles)
+    for turn, start in dealt(list(enumerate(range(0, num, AT_A_TIME)))):
+        rng = np.random.default_rng([seed, turn])
+        kind = kinds[turn % len(kinds)]
+        prompts = draw(needles, kind, rng, min(AT_A_TIME, num - start), settings, split)
+        for at, budget in enumerate(settings.budgets):
+            yield Held(model, {**recipe, "budget": budget}, prompts, f"{kind}\n{budget:g}", (turn, at))
+
+
+def of_each(prompts: Iterable[Held], measure: Callable[[Held], T]) -> list[T]:
+    """Measure this rank's prompts; return what was found of every rank's, in the order of their places.
+
+    Every rank has to ask. Where one is interrupted all end, rank 0 with a PiKVError.
+    """
+    found: list[tuple[tuple[int, int], T]] = []
     with Interrupt() as interrupt:
-        for turn, start in enumerate(range(0, num, AT_A_TIME)):
-            rng = np.random.default_rng([seed, turn])
-            kind = kinds[turn % len(kinds)]
-            prompts = draw(needles, kind, rng, min(AT_A_TIME, num - start), settings, split)
-            for budget in settings.budgets:
-                yield Held(model, {**recipe, "budget": budget}, prompts, f"{kind}\n{budget:g}")
-            if interrupt.wanted:
-                raise PiKVError("interrupted: no router is kept", hint="start again; it has no checkpoints")
+        with apart():
+            for held in prompts:
+                found.append((held.place, measure(held)))
+                if interrupt.wanted:
+                    break
+        told = everyones((found, interrupt.wanted))
+    if any(wanted for _, wanted in told):
+        end_all(PiKVError("interrupted: no router is kept", hint="start again; it has no checkpoints"))
+    return [one for _, one in sorted((pair for own, _ in told for pair in own), key=itemgetter(0))]
 
 
 def gather(prompts: Iterable[Held], others: Choose | None) -> Lessons:
@@ -228,20 +250,19 @@ def gather(prompts: Iterable[Held], others: Choose | None) -> Lessons:
 
     Raises PiKVError where a number is not finite.
     """
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    kept: list[Tensor] = []
-    read: list[Tensor] = []
-    for held in prompts:
-        found.append((held.features, *held.costs(None if others is None else others(held))))
-        kept.append(held.kept.expand(held.shape[1:]))
-        if not read or read[-1] is not held.prompts.ids:  # under another budget
-            read.append(held.prompts.ids)
-    x, cost, agree = (torch.cat(parts, dim=1) for parts in zip(*found))
-    if not bool(x.isfinite().all() and cost.isfinite().all()):
-        raise PiKVError("the model's numbers are not finite", hint="train in --dtype float32")
-    ids = [own.flatten() for own in read]
-    num_tokens = sum(map(len, ids))
-    return Lessons(x, cost, agree, torch.cat(kept).float(), fingerprint(torch.cat(ids)), num_tokens)
+
+    def measure(held: Held) -> tuple[Tensor, ...]:
+        ids = held.prompts.ids.flatten()
+        own = ids if held.place[1] == 0 else ids[:0]  # the next budgets read the same again
+        kept = held.kept.float().expand(held.shape[1:])
+        return own, kept, held.features, *held.costs(None if others is None else others(held))
+
+    ids, kept, x, cost, agree = zip(*of_each(prompts, measure))
+    features, costs, agreement = (torch.cat(parts, dim=1) for parts in (x, cost, agree))
+    if not bool(features.isfinite().all() and costs.isfinite().all()):
+        end_all(PiKVError("the model's numbers are not finite", hint="train in --dtype float32"))
+    read = torch.cat(ids)
+    return Lessons(features, costs, agreement, torch.cat(kept), fingerprint(read), len(read))
 
 
 def always(strategy: int) -> Choose:
@@ -250,12 +271,12 @@ def always(strategy: int) -> Choose:
 
 
 def at_random(seed: int) -> Choose:
-    """Return the choice of any strategy, layer by layer and prompt by prompt."""
-    generator = torch.Generator().manual_seed(seed)
+    """Return the choice of any strategy, layer by layer and prompt by prompt, of a seed and the prompts' place."""
 
     def choose(held: Held) -> Tensor:
         L, B, E = held.shape
-        return functional.one_hot(torch.randint(E, (L, B), generator=generator), E).float()
+        drawn = np.random.default_rng([seed, *held.place]).integers(E, size=(L, B))
+        return functional.one_hot(torch.from_numpy(drawn), E).float()
 
     return choose
 

@@ -68,7 +68,7 @@ class Planted:
 
     def __init__(self, lessons):
         self.features, self.cost = lessons.features, lessons.cost
-        self.shape, self.kind = tuple(self.cost.shape), "planted"
+        self.shape, self.kind, self.place = tuple(self.cost.shape), "planted", (0, 0)
 
     def together(self, choices):
         return torch.stack([(choose(self) * self.cost).sum(dim=(0, 2)) for choose in choices], dim=-1)

@@ -28,7 +28,7 @@ from pikv_core.model.loading import load_model
 from pikv_core.model.steps import prefill
 from pikv_core.recipes import load
 from pikv_core.runs import versions
-from pikv_core.training.policy_router import log_probs
+from pikv_core.training.router_lessons import log_probs
 
 HEADING = "## A learned scorer"
 RESULTS = ROOT / "benchmarks/results/learned_scorer.json"

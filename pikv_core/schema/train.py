@@ -209,9 +209,9 @@ class PolicyRouterSettings(Section):
     length: Annotated[int, Field(ge=16)] = 1024  # of a prompt and what follows it
     context: Annotated[float, Field(gt=0, lt=1)] = 0.9  # share of it that is compressed; what follows measures the loss
     budgets: Annotated[list[Share], Field(min_length=1)] = [0.5, 0.35, 0.2]  # shares of the context
-    samples: Positive = 72  # prompts, each under every budget
+    samples: Positive = 144  # prompts, each under every budget
     rounds: Positive = 1  # measured with the best single strategy in the other layers at first, then as routers choose
-    validation_samples: Positive = 24  # prompts that tell the best single strategy, and how far to lean to it
+    validation_samples: Positive = 48  # prompts that tell the best single strategy, and how far to lean to it
     steps: Positive = 400  # a round
     batch: Positive = 64  # lessons a step
     lr: Annotated[float, Field(gt=0)] = 0.05

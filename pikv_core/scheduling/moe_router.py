@@ -108,9 +108,13 @@ class MoERouter(Evictor):
         tokens.layer.own[WEIGHTS] = weights
         own = weights[tokens.row.to(weights.device)]
         mixed = torch.zeros(tokens.position.shape, device=tokens.position.device)
-        for name, weight in zip(self.strategies, own.unbind(dim=-1)):
-            if bool(weight.any()):
-                mixed += weight[:, None, None] * ranks(score_of(name), tokens.position)
+        for name, weight in zip(self.strategies, own.to(mixed.device)[..., None, None].unbind(dim=1)):
+            if not bool(weight.any()):
+                continue
+            score = score_of(name)
+            if not bool(((weight == 0) | (weight == 1)).all()):  # ranks cost sorting, and one score alone needs none
+                mixed = mixed + weight * ranks(score, tokens.position)
+            mixed = torch.where(weight == 1, score, mixed)
         return mixed
 
     @property
@@ -231,14 +235,15 @@ def features(tokens: Tokens) -> torch.Tensor:
     is_token = position >= 0
     counted = is_token.sum(dim=-1).clamp(min=1)  # [B,G]
     plain = layer.rotary_for(MoERouter.name).unrotate(tokens.keys().float(), position.clamp(min=0), layer.index)
-    direction = functional.normalize(plain, dim=-1).masked_fill(~is_token[..., None], 0.0)
-    mean = direction.sum(dim=2) / counted[..., None]
-    likeness = (direction * functional.normalize(mean, dim=-1)[:, :, None]).sum(dim=-1)
+    keys_length = plain.norm(dim=-1).clamp(min=TINY)
+    weight = (1 / keys_length).masked_fill(~is_token, 0.0)  # makes directions of keys, which are not written down
+    mean = (weight[:, :, None] @ plain)[:, :, 0] / counted[..., None]
+    likeness = (plain @ functional.normalize(mean, dim=-1)[..., None])[..., 0] * weight
     odd = likeness.masked_fill(~is_token, torch.inf).topk(min(ODD, position.shape[-1]), dim=-1, largest=False)
     num_odd = counted.clamp(max=ODD)
     odd_likeness = odd.values.masked_fill(odd.values == torch.inf, 0.0).sum(dim=-1) / num_odd
-    chosen = odd.indices[..., None].expand(*odd.indices.shape, direction.shape[-1])
-    odd_mean = direction.gather(2, chosen).sum(dim=2) / num_odd[..., None]
+    chosen = odd.indices[..., None].expand(*odd.indices.shape, plain.shape[-1])
+    odd_mean = (plain.gather(2, chosen) * weight.gather(2, odd.indices)[..., None]).sum(dim=2) / num_odd[..., None]
     length = tokens.values().float().norm(dim=-1).masked_fill(~is_token, 0.0)
     usual = (length.sum(dim=-1) / counted).clamp(min=TINY)
     share = tokens.columns[MASS].masked_fill(~is_token, 0.0)

@@ -69,11 +69,16 @@ def measure(model: Any, held: Held, seed: int) -> dict[str, dict[str, Any]]:
         asked = bool(is_answer.any())
         found[name] = {
             "share": share,
-            "kl": (held.full.exp() * (held.full - probs)).sum(-1).mean(-1).tolist(),
-            "recall": [float(own[mask].mean()) for own, mask in zip(right, is_answer)] if asked else None,
-            "nats": (-probs[:, :-1].gather(-1, later[:, 1:, None])[..., 0].mean(-1)).tolist(),
+            "kl": rounded((held.full.exp() * (held.full - probs)).sum(-1).mean(-1).tolist()),
+            "recall": rounded([float(own[mask].mean()) for own, mask in zip(right, is_answer)]) if asked else None,
+            "nats": rounded((-probs[:, :-1].gather(-1, later[:, 1:, None])[..., 0].mean(-1)).tolist()),
         }
     return found
+
+
+def rounded(figures: list[float]) -> list[float]:
+    """Return figures with the digits that are kept."""
+    return [round(figure, 6) for figure in figures]
 
 
 def table(rows: list[dict[str, Any]], singles: tuple[str, ...]) -> list[str]:
@@ -149,8 +154,15 @@ def main() -> None:
         "strategies": list(held.policy.strategies),
         "rows": rows,
     }
-    RESULTS.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    RESULTS.write_text(written(stored), encoding="utf-8")
     put_section(HEADING, section(stored))
+
+
+def written(stored: dict[str, Any]) -> str:
+    """Return the results as JSON, a row a line."""
+    rows = ",\n  ".join(json.dumps(row) for row in stored["rows"])
+    about = json.dumps({**stored, "rows": []}, indent=1)
+    return about.replace('"rows": []', f'"rows": [\n  {rows}\n ]') + "\n"
 
 
 def section(found: dict[str, Any]) -> list[str]:

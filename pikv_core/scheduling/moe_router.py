@@ -156,12 +156,12 @@ class MoERouter(Evictor):
         if GIVEN in tokens.layer.own:
             return tokens.layer.own[GIVEN]
         x, fitted, layer = self.look(tokens, score_of), tokens.layer.fitted, tokens.layer
-        expected = (layer.num_layers, x.shape[-1])
-        if tuple(fitted["feature_mean"].shape) != expected:
+        expected = (layer.num_layers, len(self.strategies), x.shape[-1])
+        given = tuple(fitted[f"{ROUTER}weight"].shape)
+        if given != expected:
             raise PiKVError(
-                f"policy '{self.name}' has routers for layers and features {tuple(fitted['feature_mean'].shape)}, "
-                f"the model has {expected}",
-                hint="give the calibration that was made for this model",
+                f"policy '{self.name}' has routers for layers, strategies and features {given}, and needs {expected}",
+                hint="give the calibration that was made for this model and these strategies",
             )
         x = self.with_history(x, fitted, layer.index)
         mean, scale = (fitted[name][layer.index].to(x.device) for name in ("feature_mean", "feature_scale"))

@@ -181,5 +181,5 @@ def test_no_strategy_scores_twice(world, monkeypatch):
 
 def test_routers_that_were_trained_without_hit_rates_are_told_apart(world):
     policy = aware()
-    with pytest.raises(PiKVError, match="routers for layers and features"):
+    with pytest.raises(PiKVError, match="routers for layers, strategies and features"):
         policy.choose(seen(policy, world, **routers(NUM_LAYERS, 16)))

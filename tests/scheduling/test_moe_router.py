@@ -131,10 +131,11 @@ def test_strategies_that_cannot_be_are_refused(options, message):
     assert caught.value.hint
 
 
-def test_routers_of_another_shape_are_told(world):
-    policy = MoERouter()
-    with pytest.raises(PiKVError, match="routers for layers and features"):
-        policy.score(seen(policy, world, feature_mean=torch.zeros(NUM_LAYERS, 5)))
+@pytest.mark.parametrize("sizes", [{"head_dim": 8}, {"num_strategies": 3}, {"cache_aware": True}], ids=str)
+def test_routers_of_another_shape_are_told(world, sizes):
+    with pytest.raises(PiKVError, match="routers for layers, strategies and features") as caught:
+        MoERouter().score(seen(MoERouter(), world, **routers(NUM_LAYERS, **{"head_dim": 16} | sizes)))
+    assert caught.value.hint
 
 
 def test_without_routers_the_recipe_that_trains_them_is_named(small_model):

@@ -104,7 +104,13 @@ class MoERouter(Evictor):
         import torch
 
         score_of = self._scores(tokens)
-        weights = self._asked_with(tokens.layer) if self.asks else self.choose(tokens, score_of)
+        is_part = tokens.head.shape[1] < tokens.layer.num_kv_heads  # heads that hold unequally much are stored apart
+        if self.asks:
+            weights = self._asked_with(tokens.layer)
+        elif is_part and WEIGHTS in tokens.layer.own:
+            weights = tokens.layer.own[WEIGHTS]  # as chosen while the layer was in one place
+        else:
+            weights = self.choose(tokens, score_of)
         tokens.layer.own[WEIGHTS] = weights
         own = weights[tokens.row.to(weights.device)]
         mixed = torch.zeros(tokens.position.shape, device=tokens.position.device)

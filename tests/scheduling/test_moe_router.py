@@ -131,6 +131,29 @@ def test_strategies_that_cannot_be_are_refused(options, message):
     assert caught.value.hint
 
 
+def test_a_second_prompt_keeps_the_choice_where_heads_are_stored_apart(small_model, folder):
+    model = small_model("llama")
+    recipe = {"policy": "moe-router", "budget": BUDGET, "allocation": "ada-kv", "calibration": [folder]}
+    ids = torch.randint(1, 97, (3, 150), generator=torch.Generator().manual_seed(6))
+
+    def fed(rows):
+        cache, chosen = PiKVCache.for_model(model, recipe), []
+        with torch.no_grad():
+            for part in rows.split([90, 60], dim=1):
+                feed(model, cache, part)
+                chosen.append([layer.run.own[WEIGHTS] for layer in cache.own_layers])
+        assert all(torch.equal(*pair) for pair in zip(*chosen))
+        return cache
+
+    together = fed(ids)
+    assert any(len(layer.lanes) > 1 for layer in together.own_layers)
+    for row in range(3):
+        alone = fed(ids[row : row + 1])
+        for ours, own in zip(together.positions, alone.positions):
+            kept = [[sorted(p for p in head.tolist() if p >= 0) for head in x] for x in (ours[row], own[0])]
+            assert kept[0] == kept[1]
+
+
 @pytest.mark.parametrize("sizes", [{"head_dim": 8}, {"num_strategies": 3}, {"cache_aware": True}], ids=str)
 def test_routers_of_another_shape_are_told(world, sizes):
     with pytest.raises(PiKVError, match="routers for layers, strategies and features") as caught:

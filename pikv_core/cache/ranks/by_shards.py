@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from pikv_core.cache.newest import attend_reads
+from pikv_core.cache.ranks.all_heads import AllHeads
 from pikv_core.cache.ranks.attend_part import attend_part
 from pikv_core.cache.shards.shards import OwnShards
-from pikv_core.compression.base import Codec
 from pikv_core.errors import UsageError
 from pikv_core.scheduling.base import Policy, ShardSelector
 from pikv_core.schema import CacheRecipe
@@ -27,30 +27,17 @@ if TYPE_CHECKING:
     from pikv_core.cache.ranks.split import Wire
 
 
-class ByShards:
+class ByShards(AllHeads):
     """Hold the shards of this rank, every N-th one, and what is in no shard.
 
     A first prompt every rank attends whole, as it does by tokens, and then keeps its shards.
     """
 
     name = "shards"
-    parts_of_heads = 1
 
     def __init__(self, wire: Wire):
         self._wire = wire
         self.own_shards = OwnShards(wire.rank, wire.count)
-
-    def first_head(self, num_kv_heads: int) -> int:
-        return 0
-
-    def own_heads(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        return x
-
-    def gather_heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def codec(self, codec: Codec, num_kv_heads: int) -> Codec:
-        return codec
 
     def attend(
         self,

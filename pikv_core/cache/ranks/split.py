@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from pikv_core.cache.ranks.all_heads import AllHeads
 from pikv_core.cache.ranks.attend_part import attend_part
 from pikv_core.cache.ranks.by_shards import ByShards, check_shards
 from pikv_core.compression.base import Codec
@@ -151,7 +152,7 @@ class Turns:
         return columns // self.block % self.count == self.rank
 
 
-class TokenTurns:
+class TokenTurns(AllHeads):
     """Hold the tokens of this rank's turns, in all heads.
 
     A first prompt every rank attends whole, in full precision, and then keeps its part: nothing is sent, and for a
@@ -159,24 +160,11 @@ class TokenTurns:
     """
 
     name = "tokens"
-    parts_of_heads = 1
     own_shards = None
 
     def __init__(self, wire: Wire, block: int):
         self._wire = wire
         self.turns = Turns(wire.rank, wire.count, block)
-
-    def first_head(self, num_kv_heads: int) -> int:
-        return 0
-
-    def own_heads(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
-        return x
-
-    def gather_heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def codec(self, codec: Codec, num_kv_heads: int) -> Codec:
-        return codec
 
     def attend(
         self,
